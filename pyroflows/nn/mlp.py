@@ -1,0 +1,95 @@
+"""Networks that turn inputs and a context into the parameters of a flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+OUTPUT_INIT_SCALE = 0.01  # outputs start near zero, where every flow is the identity
+
+
+class MLP(nn.Module):
+    """Map an input and a context to outputs through fully connected layers.
+
+    The context enters the first layer through weights of its own, so that it broadcasts against
+    the batch shape of the input instead of being copied along it.
+
+    Parameters
+    ----------
+    in_features
+        Size of the input; 0 for a network of the context alone.
+    out_features
+        Size of the output. Outputs start near zero.
+    hidden_dims
+        Sizes of the hidden layers, at least one.
+    context_dim
+        Size of the context, 0 for none.
+    activation
+        A class of activation modules.
+
+    Examples
+    --------
+    >>> network = MLP(3, 5, hidden_dims=(16,), context_dim=2)
+    >>> network(torch.randn(7, 3), torch.randn(2)).shape
+    torch.Size([7, 5])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden_dims: Sequence[int] = (64, 64),
+        context_dim: int = 0,
+        activation: type[nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        check_hidden_dims(hidden_dims)
+        if in_features + context_dim < 1:
+            raise ValueError("in_features and context_dim must not both be 0")
+        width = hidden_dims[0]
+        self.input = nn.Linear(in_features, width) if in_features else None
+        self.context = nn.Linear(context_dim, width, bias=not in_features) if context_dim else None
+        self.hidden = nn.ModuleList(
+            nn.Linear(a, b) for a, b in zip(hidden_dims[:-1], hidden_dims[1:], strict=True)
+        )
+        self.output = nn.Linear(hidden_dims[-1], out_features)
+        self.activation = activation()
+        start_near_zero(self.output)
+
+    def forward(self, x: Tensor | None, context: Tensor | None = None) -> Tensor:
+        """Return outputs of shape ``(*batch, out_features)``, laid out features first in memory."""
+        hidden = None if self.input is None else self.input(x)
+        if self.context is not None:
+            from_context = self.context(context)
+            hidden = from_context if hidden is None else hidden + from_context
+        hidden = self.activation(hidden)
+        for layer in self.hidden:
+            hidden = self.activation(layer(hidden))
+        return features_first_linear(hidden, self.output.weight, self.output.bias)
+
+
+def features_first_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply a linear layer; same result as ``F.linear``, laid out features first in memory.
+
+    Element-wise flows work on whole planes of parameters, one plane per output: with this layout
+    each plane is contiguous.
+    """
+    batch_shape = x.shape[:-1]
+    flat = x.reshape(batch_shape.numel(), x.shape[-1])
+    return torch.addmm(bias.unsqueeze(-1), weight, flat.T).T.reshape(*batch_shape, weight.shape[0])
+
+
+def start_near_zero(layer: nn.Linear) -> None:
+    """Initialise a layer so that its outputs are small but its inputs receive gradients."""
+    bound = OUTPUT_INIT_SCALE / layer.in_features**0.5
+    nn.init.uniform_(layer.weight, -bound, bound)
+    nn.init.zeros_(layer.bias)
+
+
+def check_hidden_dims(hidden_dims: Sequence[int]) -> None:
+    """Raise ``ValueError`` unless there is at least one hidden layer and all sizes are positive."""
+    if len(hidden_dims) == 0 or min(hidden_dims) < 1:
+        raise ValueError(f"hidden_dims must hold at least one positive size, got {hidden_dims!r}")

@@ -1,0 +1,209 @@
+"""Coupling: one part of the vector moves, the other part says how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import MLP
+from .base import FlowTransform
+from .layout import batch_first, entries_first, parameter_planes
+from .scalar import Affine, ScalarBijection, Shift
+from .spline import Spline
+
+
+class Coupling(FlowTransform):
+    r"""Map some entries by a scalar bijection whose parameters depend on the others.
+
+    .. math:: y_A = x_A, \qquad y_B = g(x_B; \theta(x_A, c)), \qquad
+        \log|\det J| = \textstyle\sum_{d \in B} \log g'(x_d; \theta_d) .
+
+    One pass in both directions. ``Coupling(Shift(), D)`` is the layer of NICE [1],
+    ``Coupling(Affine(), D)`` that of RealNVP [2], ``Coupling(Spline(), D)`` that of neural spline
+    flows.
+
+    Parameters
+    ----------
+    bijection
+        What to do to each moved entry.
+    input_dim
+        Number of entries ``D``, at least 2 unless there is a context.
+    context_dim
+        Size of the context :math:`c`, 0 for none.
+    hidden_dims
+        Sizes of the hidden layers of the network.
+    split_dim
+        Number of entries in :math:`A`. Default: half of them.
+    order
+        A permutation of the entries whose first ``split_dim`` form :math:`A`. Default: as they are.
+    activation
+        A class of activation modules for the network.
+
+    Raises
+    ------
+    ValueError
+        If ``order`` is no permutation or ``split_dim`` leaves nothing to move or to depend on.
+
+    References
+    ----------
+    [1] L. Dinh, D. Krueger, Y. Bengio. NICE: Non-linear independent components estimation.
+        `arXiv:1410.8516 <https://arxiv.org/abs/1410.8516>`_, 2014.
+    [2] L. Dinh, J. Sohl-Dickstein, S. Bengio. Density estimation using Real NVP.
+        `arXiv:1605.08803 <https://arxiv.org/abs/1605.08803>`_, 2016.
+
+    Examples
+    --------
+    >>> from pyroflows.transforms import Spline
+    >>> flow = Coupling(Spline(bins=8), 10)
+    >>> x = torch.randn(100, 10)
+    >>> bool(torch.allclose(flow.inv(flow(x)), x))
+    True
+    """
+
+    order: Tensor
+    inverse_order: Tensor
+
+    def __init__(
+        self,
+        bijection: ScalarBijection,
+        input_dim: int,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] = (64, 64),
+        split_dim: int | None = None,
+        order: Sequence[int] | None = None,
+        activation: type[nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__(input_dim, context_dim)
+        split_dim = input_dim // 2 if split_dim is None else split_dim
+        if not (0 if context_dim else 1) <= split_dim < input_dim:
+            raise ValueError(
+                f"split_dim must leave entries to move and to depend on, got {split_dim} of "
+                f"input_dim {input_dim}"
+            )
+        self.bijection = bijection
+        self.split_dim = split_dim
+        order = check_order(order, input_dim)
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+        self.register_buffer("inverse_order", self.order.argsort(), persistent=False)
+        num_outputs = bijection.num_parameters * (input_dim - split_dim)
+        self.network = MLP(split_dim, num_outputs, hidden_dims, context_dim, activation)
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_bijection(self.bijection.forward, x, context)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_bijection(self.bijection.inverse, y, context)
+
+    def _apply_bijection(
+        self, direction: Callable, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        batch_shape = x.shape[:-1]
+        rows = entries_first(x).index_select(0, self.order)
+        kept, moved = rows[: self.split_dim], rows[self.split_dim :]
+        parameters = self.network(batch_first(kept, batch_shape), context)
+        parameters = parameters.expand(*batch_shape, parameters.shape[-1])
+        moved, log_derivative = direction(
+            moved, parameter_planes(parameters, self.bijection.num_parameters)
+        )
+        rows = torch.cat([kept, moved]).index_select(0, self.inverse_order)
+        return batch_first(rows, batch_shape), log_derivative.sum(0).reshape(batch_shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.bijection}, {super().extra_repr()}, split_dim={self.split_dim}"
+
+
+def check_order(order: Sequence[int] | None, input_dim: int) -> list[int]:
+    """Return ``order`` as a list, the identity if ``None``; raise unless it is a permutation."""
+    result = list(range(input_dim)) if order is None else [int(entry) for entry in order]
+    if sorted(result) != list(range(input_dim)):
+        raise ValueError(f"order must be a permutation of 0 .. {input_dim - 1}, got {result}")
+    return result
+
+
+def additive_coupling(input_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any) -> Coupling:
+    """Build an additive coupling, the layer of NICE.
+
+    Examples
+    --------
+    >>> additive_coupling(10)(torch.zeros(10)).shape
+    torch.Size([10])
+    """
+    return conditional_additive_coupling(input_dim, 0, hidden_dims, **options)
+
+
+def conditional_additive_coupling(
+    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
+) -> Coupling:
+    """Build an additive coupling with a context.
+
+    Examples
+    --------
+    >>> conditional_additive_coupling(10, 3).condition(torch.ones(3))(torch.zeros(10)).shape
+    torch.Size([10])
+    """
+    hidden_dims = hidden_dims or (input_dim * 10,)
+    return Coupling(Shift(), input_dim, context_dim, hidden_dims, **options)
+
+
+def affine_coupling(input_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any) -> Coupling:
+    """Build an affine coupling, the layer of RealNVP, with Pyro's signature.
+
+    Examples
+    --------
+    >>> affine_coupling(10)(torch.zeros(10)).shape
+    torch.Size([10])
+    """
+    return conditional_affine_coupling(input_dim, 0, hidden_dims, **options)
+
+
+def conditional_affine_coupling(
+    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
+) -> Coupling:
+    """Build an affine coupling with a context, with Pyro's signature.
+
+    Examples
+    --------
+    >>> conditional_affine_coupling(10, 3).condition(torch.ones(3))(torch.zeros(10)).shape
+    torch.Size([10])
+    """
+    hidden_dims = hidden_dims or (input_dim * 10,)
+    return Coupling(Affine(), input_dim, context_dim, hidden_dims, **options)
+
+
+def spline_coupling(
+    input_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    count_bins: int = 8,
+    bound: float = 3.0,
+    **options: Any,
+) -> Coupling:
+    """Build a rational-quadratic spline coupling, with Pyro's names.
+
+    Examples
+    --------
+    >>> spline_coupling(10)(torch.zeros(10)).shape
+    torch.Size([10])
+    """
+    return conditional_spline_coupling(input_dim, 0, hidden_dims, count_bins, bound, **options)
+
+
+def conditional_spline_coupling(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    count_bins: int = 8,
+    bound: float = 3.0,
+    **options: Any,
+) -> Coupling:
+    """Build a rational-quadratic spline coupling with a context.
+
+    Examples
+    --------
+    >>> conditional_spline_coupling(10, 3).condition(torch.ones(3))(torch.zeros(10)).shape
+    torch.Size([10])
+    """
+    hidden_dims = hidden_dims or (input_dim * 10, input_dim * 10)
+    return Coupling(Spline(count_bins, bound), input_dim, context_dim, hidden_dims, **options)

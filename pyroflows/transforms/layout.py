@@ -1,0 +1,22 @@
+"""The memory layout in which scalar bijections work: entries first, the flattened batch last."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def entries_first(x: Tensor) -> Tensor:
+    """Turn ``(*batch, D)`` into ``(D, N)``."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).T
+
+
+def batch_first(rows: Tensor, batch_shape: torch.Size) -> Tensor:
+    """Turn ``(D, N)`` back into ``(*batch, D)``."""
+    return rows.T.reshape(*batch_shape, rows.shape[0])
+
+
+def parameter_planes(parameters: Tensor, num_parameters: int) -> Tensor:
+    """Turn a network's output ``(*batch, P * D)`` into ``(P, D, N)``."""
+    rows = entries_first(parameters)
+    return rows.reshape(num_parameters, rows.shape[0] // num_parameters, rows.shape[1])
