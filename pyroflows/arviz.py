@@ -72,8 +72,8 @@ def build(
     ValueError
         If a variable lacks the chain and draw dimensions or disagrees with others about their
         lengths; if the names for its dimensions are too few, too many, repeated, or stand for
-        another length elsewhere; or if it is called like a dimension or has a slash in its name,
-        which neither container allows.
+        another length elsewhere; if it is called like a dimension; or if a name contains a slash,
+        which netCDF does not allow.
     TypeError
         If JSON cannot represent an attribute.
 
@@ -97,7 +97,9 @@ def build(
         if variables
     }
     _check_draws(arrays)
-    datasets = {group: _dataset(group, arrays, dims or {}, coords or {}) for group in arrays}
+    datasets: dict[str, Any] = {
+        group: _dataset(group, arrays, dims or {}, coords or {}) for group in arrays
+    }
     encoded = {name: _encoded(name, value) for name, value in (attrs or {}).items()}
     if "posterior" in datasets:
         datasets["posterior"].attrs.update(encoded)
@@ -128,7 +130,7 @@ def _check_draws(arrays: _Arrays) -> None:
             if lengths != expected.setdefault(group in _PRIOR_GROUPS, lengths):
                 raise ValueError(
                     f"{_where(group, variable)} has (chain, draw) = {lengths}, expected "
-                    f"{expected[group in _PRIOR_GROUPS]} as in the groups before it"
+                    f"{expected[group in _PRIOR_GROUPS]} as in the variables before it"
                 )
 
 
@@ -146,11 +148,13 @@ def _dataset(
     used = {dim for variable_names in names.values() for dim in variable_names}
     lengths = {dim: len(labels) for dim, labels in coords.items() if dim in used}
     for variable, values in arrays[group].items():
-        if variable in used or "/" in variable:
-            raise ValueError(
-                f"{_where(group, variable)} needs another name: expected no slash and no "
-                "dimension's name"
-            )
+        if variable in used:
+            raise ValueError(f"{_where(group, variable)} must not be called like a dimension")
+        for name in (variable, *names[variable]):
+            if "/" in name:
+                raise ValueError(
+                    f"{_where(group, variable)} uses the name {name!r}, expected no slash"
+                )
         for dim, length in zip(names[variable], values.shape):
             if length != lengths.setdefault(dim, length):
                 raise ValueError(

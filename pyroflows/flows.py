@@ -65,6 +65,7 @@ def register_flow(spec: FlowSpec) -> None:
 
     Examples
     --------
+    >>> import torch
     >>> from pyroflows.transforms import Permutation
     >>> def reverse(input_dim, context_dim=0):
     ...     return Permutation(range(input_dim)[::-1])
@@ -136,6 +137,7 @@ def flow(name: str, input_dim: int, context_dim: int = 0, **options: Any) -> Flo
 
     Examples
     --------
+    >>> import torch
     >>> maf = flow("maf", 10, num_layers=3)
     >>> maf(torch.randn(5, 10)).shape
     torch.Size([5, 10])
@@ -159,6 +161,7 @@ def nice(
 
     Examples
     --------
+    >>> import torch
     >>> nice(4, num_layers=2)(torch.zeros(4)).shape
     torch.Size([4])
     """
@@ -183,6 +186,7 @@ def realnvp(
 
     Examples
     --------
+    >>> import torch
     >>> realnvp(4, num_layers=2)(torch.zeros(4)).shape
     torch.Size([4])
     """
@@ -209,6 +213,7 @@ def spline_coupling(
 
     Examples
     --------
+    >>> import torch
     >>> spline_coupling(4, num_layers=2)(torch.zeros(4)).shape
     torch.Size([4])
     """
@@ -233,6 +238,7 @@ def iaf(
 
     Examples
     --------
+    >>> import torch
     >>> iaf(4, num_layers=2)(torch.zeros(4)).shape
     torch.Size([4])
     """
@@ -257,6 +263,7 @@ def maf(
 
     Examples
     --------
+    >>> import torch
     >>> maf(4, num_layers=2)(torch.zeros(4)).shape
     torch.Size([4])
     """
@@ -284,6 +291,7 @@ def spline_autoregressive(
 
     Examples
     --------
+    >>> import torch
     >>> spline_autoregressive(4, num_layers=2)(torch.zeros(4)).shape
     torch.Size([4])
     """

@@ -18,7 +18,7 @@ from .coupling import (
     spline_coupling,
 )
 from .elementwise import Elementwise, conditional_spline, spline
-from .linear import Permutation, TriangularAffine, permute
+from .linear import DiagonalAffine, Permutation, TriangularAffine, permute
 from .scalar import Affine, ScalarBijection, Scale, Shift
 from .spline import Spline
 
@@ -28,6 +28,7 @@ __all__ = [
     "Compose",
     "Conditioned",
     "Coupling",
+    "DiagonalAffine",
     "Elementwise",
     "FlowTransform",
     "Inverse",

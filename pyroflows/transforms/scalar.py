@@ -64,7 +64,7 @@ class Scale(ScalarBijection):
     (tensor([1.]), tensor([0.]))
     """
 
-    log_scale_bound: float = 5.0
+    log_scale_bound: float = 3.0
     num_parameters: ClassVar[int] = 1
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ class Affine(ScalarBijection):
     (tensor([3.]), tensor([0.]))
     """
 
-    log_scale_bound: float = 5.0
+    log_scale_bound: float = 3.0
     num_parameters: ClassVar[int] = 2
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,8 +56,8 @@ class Spline(ScalarBijection):
 
     bins: int = 8
     bound: float = 5.0
-    min_bin_size: float = 1e-3
-    min_slope: float = 1e-3
+    min_bin_size: float = 1e-2
+    min_slope: float = 1e-2
 
     def __post_init__(self) -> None:
         if self.bins < 2:

@@ -1,0 +1,261 @@
+"""The log-density of a Pyro model as a plain function of the unconstrained latent vector."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
+from pyro.ops.contract import contract_to_tensor
+from pyro.poutine.util import prune_subsample_sites
+from torch import Tensor
+from torch.distributions import biject_to
+
+PARTICLES = "_pyroflows_particles"
+
+
+class ModelDensity:
+    r"""Evaluate a model's joint log-density at many unconstrained latent vectors at once.
+
+    Calling it with ``z`` of shape ``(S, D)`` returns
+
+    .. math:: \log p(\theta(z), y) + \log|\det \partial\theta / \partial z|
+
+    of shape ``(S,)``, differentiable, in the coordinates ``z`` of a guide. The model runs once,
+    inside a plate of ``S`` particles. A model that cannot (because its answers then differ from
+    those for single vectors) runs ``S`` times instead, with a warning. Discrete sites marked for
+    parallel enumeration are summed out.
+
+    Parameters
+    ----------
+    model
+        A Pyro model.
+    guide
+        An autoguide over the unconstrained latent vector; it is set up if need be.
+    args, kwargs
+        Arguments of the model.
+
+    Raises
+    ------
+    TypeError
+        If the guide is not an ``AutoContinuous``.
+    ValueError
+        If the log-density is not finite at the guide's initial location, for instance because the
+        data hold NaN or infinities; the message names the site.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: AutoContinuous,
+        args: tuple = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(guide, AutoContinuous):
+            raise TypeError(
+                "guide must be an AutoContinuous, such as pf.AutoRealNVP(model) or Pyro's "
+                f"AutoMultivariateNormal(model), got {type(guide).__name__}"
+            )
+        self.model = model
+        self.guide = guide
+        self.args = tuple(args)
+        self.kwargs = dict(kwargs or {})
+        self._set_up()
+
+    @torch.no_grad()
+    def _set_up(self) -> None:
+        # Pyro's own checks come without the name of the site; ours follow below.
+        with pyro.validation_enabled(False), poutine.block():
+            if self.guide.prototype_trace is None:
+                self.guide._setup_prototype(*self.args, **self.kwargs)
+            start = self.guide._init_loc()
+            self.plate_nesting, self.has_enumeration = _structure(self.model, self.args, self.kwargs)
+            self.prototype = self.trace(start.unsqueeze(0), vectorized=False)
+        _check_finite(self.prototype)
+        self.vectorized = self._can_vectorize(start)
+
+    @property
+    def sites(self) -> dict[str, dict]:
+        """Return the latent sites by name."""
+        return dict(self.guide.prototype_trace.iter_stochastic_nodes())
+
+    def parameters(self) -> list[Tensor]:
+        """Return the unconstrained values of the model's own learnable parameters."""
+        sites = self.prototype.nodes.values()
+        return [site["value"].unconstrained() for site in sites if site["type"] == "param"]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if self.vectorized:
+            return self._log_density(z, vectorized=True)
+        return torch.cat([self._log_density(row, vectorized=False) for row in z.split(1)])
+
+    def constrain(self, z: Tensor) -> dict[str, Tensor]:
+        """Map unconstrained vectors ``(S, D)`` to site values ``(S, *site_shape)``."""
+        return {
+            site["name"]: biject_to(site["fn"].support)(value).reshape(-1, *site["value"].shape)
+            for site, value in self._unpack(z, self.plate_nesting)
+        }
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        r"""Map site values ``(S, *site_shape)`` to unconstrained vectors ``(S, D)``.
+
+        Returns the vectors and :math:`\log|\det \partial z / \partial\theta|` of shape ``(S,)``.
+
+        Raises
+        ------
+        ValueError
+            If a site is missing, or its values have the wrong shape or leave its support.
+        """
+        parts, log_det = [], 0.0
+        for name, site in self.sites.items():
+            value = _check_values(name, site, values)
+            z = biject_to(site["fn"].support).inv(value)
+            log_det = log_det - self._log_det(site, z, value)
+            parts.append(z.reshape(value.shape[0], -1))
+        return torch.cat(parts, -1), log_det
+
+    def trace(
+        self, z: Tensor, vectorized: bool = True, model: Callable | None = None
+    ) -> poutine.Trace:
+        """Run the model at vectors ``(S, D)``; return its trace with log-probabilities.
+
+        Parameters
+        ----------
+        z
+            Unconstrained vectors.
+        vectorized
+            Run inside a plate of ``S`` particles; otherwise ``S`` must be 1.
+        model
+            A variant of the model, for instance one without data. Default: the model.
+        """
+        nesting = self.plate_nesting if vectorized else 0
+        data = {
+            site["name"]: biject_to(site["fn"].support)(value)
+            for site, value in self._unpack(z if vectorized else z[0], nesting)
+        }
+        program = poutine.condition(model or self.model, data)
+        if self.has_enumeration:
+            program = poutine.enum(program, first_available_dim=-2 - self.plate_nesting)
+        if vectorized:
+            program = pyro.plate(PARTICLES, z.shape[0], dim=-1 - nesting)(program)
+        with poutine.block():
+            trace = poutine.trace(program).get_trace(*self.args, **self.kwargs)
+        trace = prune_subsample_sites(trace)
+        trace.compute_log_prob()
+        return trace
+
+    def _unpack(self, z: Tensor, nesting: int) -> Any:
+        # Room for the model's plates between the particles and the latent vector.
+        return self.guide._unpack_latent(z.reshape(*z.shape[:-1], *(1,) * nesting, z.shape[-1]))
+
+    def _log_density(self, z: Tensor, vectorized: bool) -> Tensor:
+        trace = self.trace(z, vectorized)
+        total = _summed_out(trace) if self.has_enumeration else _summed(trace, z.shape[0])
+        for site, value in self._unpack(z, self.plate_nesting):
+            constrained = biject_to(site["fn"].support)(value)
+            total = total + self._log_det(site, value, constrained)
+        return total
+
+    @staticmethod
+    def _log_det(site: dict, z: Tensor, value: Tensor) -> Tensor:
+        log_det = biject_to(site["fn"].support).log_abs_det_jacobian(z, value)
+        return log_det.reshape(value.shape[0], -1).sum(-1)
+
+    def _can_vectorize(self, start: Tensor) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(3, start.shape[0], generator=generator).to(start)
+        z = start + 0.01 * noise
+        devices = [start.device] if start.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            one_by_one = torch.cat([_seeded(self._log_density, row, False) for row in z.split(1)])
+            try:
+                together = _seeded(self._log_density, z, True)
+                agree = torch.allclose(together, one_by_one, rtol=1e-3, equal_nan=True)
+                reason = f"vectorized {together.tolist()}, one by one {one_by_one.tolist()}"
+            except (RuntimeError, ValueError, IndexError) as error:
+                agree, reason = False, str(error)
+        if not agree:
+            warnings.warn(
+                "the model cannot run for many latent vectors at once, so it runs for one at a "
+                "time, which is slow. Declare independence with pyro.plate and index latent "
+                f"variables from the right ([..., i]). Log-densities: {reason}",
+                stacklevel=2,
+            )
+        return agree
+
+
+def _structure(model: Callable, args: tuple, kwargs: Mapping) -> tuple[int, bool]:
+    """Return how deep plates nest in a model and whether it has sites to enumerate."""
+    trace = poutine.trace(model).get_trace(*args, **kwargs)
+    sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+    frames = [frame for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]
+    enumerated = any(
+        site["infer"].get("enumerate") == "parallel" and not site["is_observed"] for site in sites
+    )
+    return max((-frame.dim for frame in frames), default=0), enumerated
+
+
+def _summed(trace: poutine.Trace, num_particles: int) -> Tensor:
+    """Sum all log-probabilities of each particle."""
+    terms = [
+        site["log_prob"].reshape(num_particles, -1).sum(-1)
+        for site in trace.nodes.values()
+        if site["type"] == "sample" and isinstance(site["log_prob"], Tensor)
+    ]
+    return torch.stack(terms).sum(0)
+
+
+def _summed_out(trace: poutine.Trace) -> Tensor:
+    """Sum all log-probabilities of each particle, discrete sites summed out."""
+    trace.pack_tensors()
+    plates = trace.plate_to_symbol
+    terms: OrderedDict[frozenset, list[Tensor]] = OrderedDict()
+    for site in trace.nodes.values():
+        if site["type"] == "sample" and "log_prob" in site["packed"]:
+            frames = frozenset(plates[f.name] for f in site["cond_indep_stack"] if f.vectorized)
+            terms.setdefault(frames, []).append(site["packed"]["log_prob"])
+    discrete = set(trace.symbol_to_dim) - set(plates.values())
+    particles = frozenset({plates[PARTICLES]} if PARTICLES in plates else ())
+    return contract_to_tensor(terms, discrete, target_ordinal=particles).reshape(-1)
+
+
+def _check_finite(trace: poutine.Trace) -> None:
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or not isinstance(site["log_prob"], Tensor):
+            continue
+        if torch.isfinite(site["log_prob"]).all():
+            continue
+        value = site["value"]
+        bad = int((~torch.isfinite(value)).sum()) if value.is_floating_point() else 0
+        raise ValueError(
+            f"the log-density of site {name!r} is not finite at the start"
+            + (
+                f": its value holds {bad} NaN or infinite entries; remove or mask them"
+                if bad
+                else f" (value {value.flatten()[:3].tolist()}...): check the data against the "
+                "support of the site, or give the guide another init_loc_fn"
+            )
+        )
+
+
+def _check_values(name: str, site: dict, values: Mapping[str, Tensor]) -> Tensor:
+    if name not in values:
+        raise ValueError(f"values must hold site {name!r}, got {sorted(values)}")
+    value, shape = torch.as_tensor(values[name]).to(site["value"]), site["value"].shape
+    if value.shape[1:] != shape:
+        raise ValueError(
+            f"values[{name!r}] must have shape {('S', *shape)}, got {tuple(value.shape)}"
+        )
+    if not site["fn"].support.check(value).all():
+        raise ValueError(f"values[{name!r}] leave the support {site['fn'].support}")
+    return value
+
+
+def _seeded(function: Callable, *args: Any) -> Tensor:
+    torch.manual_seed(0)  # a model may subsample its data
+    return function(*args)
