@@ -268,7 +268,7 @@ def measure(kind: str, dim: int, arguments: argparse.Namespace) -> list[dict]:
     rows = []
     data = torch.randn(arguments.batch, dim)
     for operation in OPERATIONS:
-        # Training moves the weights, so that every operation starts from models of its own.
+        # Training moves the weights, so every operation starts from models of its own.
         calls = {
             library: prepare(operation, build(library, kind, dim, arguments.perturb), data)
             for library in arguments.libraries
@@ -335,6 +335,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run the benchmark and print its tables."""
     arguments = parse()
+    torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     torch.set_default_device(arguments.device)
     rows = pd.DataFrame(
