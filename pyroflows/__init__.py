@@ -3,5 +3,25 @@
 from . import diagnostics, flows, transforms
 from .distributions import Flow
 from .flows import flow, register_flow
+from .guides import AutoFlow, AutoIAF, AutoMAF, AutoNICE, AutoRealNVP, AutoSpline
+from .svi import VariationalPosterior, fit, load
+from .svi.export import to_arviz
 
-__all__ = ["Flow", "diagnostics", "flow", "flows", "register_flow", "transforms"]
+__all__ = [
+    "AutoFlow",
+    "AutoIAF",
+    "AutoMAF",
+    "AutoNICE",
+    "AutoRealNVP",
+    "AutoSpline",
+    "Flow",
+    "VariationalPosterior",
+    "diagnostics",
+    "fit",
+    "flow",
+    "flows",
+    "load",
+    "register_flow",
+    "to_arviz",
+    "transforms",
+]

@@ -12,6 +12,7 @@ from torch import nn
 from .transforms import (
     Affine,
     Autoregressive,
+    Chain,
     Compose,
     Coupling,
     Elementwise,
@@ -150,7 +151,7 @@ def nice(
     context_dim: int = 0,
     num_layers: int = 6,
     hidden_dims: Sequence[int] = (64, 64),
-    activation: type[nn.Module] = nn.ReLU,
+    activation: type[nn.Module] = nn.Tanh,
 ) -> Compose:
     """Stack additive couplings and a final rescaling.
 
@@ -175,7 +176,7 @@ def realnvp(
     context_dim: int = 0,
     num_layers: int = 8,
     hidden_dims: Sequence[int] = (64, 64),
-    activation: type[nn.Module] = nn.ReLU,
+    activation: type[nn.Module] = nn.Tanh,
 ) -> Compose:
     """Stack affine couplings.
 
@@ -202,9 +203,12 @@ def spline_coupling(
     hidden_dims: Sequence[int] = (64, 64),
     bins: int = 8,
     bound: float = 5.0,
-    activation: type[nn.Module] = nn.ReLU,
+    activation: type[nn.Module] = nn.Tanh,
 ) -> Compose:
-    """Stack couplings of rational-quadratic splines.
+    """Stack couplings of rational-quadratic splines, each followed by an affine map.
+
+    The affine map lets a layer move and scale the whole line as a function of the other entries,
+    tails included; a spline acts inside its box only.
 
     References
     ----------
@@ -217,8 +221,10 @@ def spline_coupling(
     >>> spline_coupling(4, num_layers=2)(torch.zeros(4)).shape
     torch.Size([4])
     """
-    spline = Spline(bins, bound)
-    return Compose(_couplings(spline, input_dim, context_dim, num_layers, hidden_dims, activation))
+    bijection = Chain(Spline(bins, bound), Affine())
+    return Compose(
+        _couplings(bijection, input_dim, context_dim, num_layers, hidden_dims, activation)
+    )
 
 
 def iaf(
@@ -226,7 +232,7 @@ def iaf(
     context_dim: int = 0,
     num_layers: int = 4,
     hidden_dims: Sequence[int] = (64, 64),
-    activation: type[nn.Module] = nn.ReLU,
+    activation: type[nn.Module] = nn.Tanh,
 ) -> Compose:
     """Stack affine autoregressive layers whose forward map, sampling, takes one pass each.
 
@@ -252,7 +258,7 @@ def maf(
     context_dim: int = 0,
     num_layers: int = 5,
     hidden_dims: Sequence[int] = (64, 64),
-    activation: type[nn.Module] = nn.ReLU,
+    activation: type[nn.Module] = nn.Tanh,
 ) -> Compose:
     """Stack affine autoregressive layers whose inverse map, log-density, takes one pass each.
 
@@ -267,9 +273,7 @@ def maf(
     >>> maf(4, num_layers=2)(torch.zeros(4)).shape
     torch.Size([4])
     """
-    layers = _autoregressions(
-        Affine(), input_dim, context_dim, num_layers, hidden_dims, activation
-    )
+    layers = _autoregressions(Affine(), input_dim, context_dim, num_layers, hidden_dims, activation)
     return Compose([layer.inv for layer in layers])
 
 
@@ -280,9 +284,12 @@ def spline_autoregressive(
     hidden_dims: Sequence[int] = (64, 64),
     bins: int = 8,
     bound: float = 5.0,
-    activation: type[nn.Module] = nn.ReLU,
+    activation: type[nn.Module] = nn.Tanh,
 ) -> Compose:
     """Stack autoregressive splines whose inverse map, log-density, takes one pass each.
+
+    Seen from the base distribution, each spline is followed by an affine map, as in
+    :func:`spline_coupling`.
 
     References
     ----------
@@ -295,8 +302,10 @@ def spline_autoregressive(
     >>> spline_autoregressive(4, num_layers=2)(torch.zeros(4)).shape
     torch.Size([4])
     """
-    spline = Spline(bins, bound)
-    layers = _autoregressions(spline, input_dim, context_dim, num_layers, hidden_dims, activation)
+    bijection = Chain(Affine(), Spline(bins, bound))
+    layers = _autoregressions(
+        bijection, input_dim, context_dim, num_layers, hidden_dims, activation
+    )
     return Compose([layer.inv for layer in layers])
 
 

@@ -20,7 +20,9 @@ from .transforms import Compose, DiagonalAffine, FlowTransform, TriangularAffine
 
 Base = dist.Distribution | Callable[[int], dist.Distribution]
 
-FULL_RANK_MAX_DIM = 128  # beyond it the outer affine map is diagonal: D (D + 1) / 2 numbers are many
+FULL_RANK_MAX_DIM = (
+    128  # beyond it the outer affine map is diagonal: D (D + 1) / 2 numbers are many
+)
 
 
 class AutoFlow(AutoContinuous):
@@ -115,6 +117,11 @@ class AutoFlow(AutoContinuous):
     def options(self) -> dict[str, Any]:
         """Return the options of the flow."""
         return dict(self._options)
+
+    @property
+    def base(self) -> Base | None:
+        """Return the base distribution that was given, ``None`` for the standard normal."""
+        return self._base
 
     @staticmethod
     def _prototype_hide_fn(msg: dict) -> bool:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mlp import check_hidden_dims, features_first_linear, start_near_zero
+from .mlp import activate, in_place, check_hidden_dims, features_first_linear, start_near_zero
+
+_STEPS_PER_BLOCK = 8
 
 
 class MaskedMLP(nn.Module):
@@ -64,9 +68,12 @@ class MaskedMLP(nn.Module):
         lowest = -1 if context_dim else 0
         self.degrees = [_spread(lowest, input_dim - 2, width) for width in hidden_dims]
 
+        self._blocks = _blocks(_steps(self.degrees, input_dim, num_parameters))
+
         order = list(range(input_dim)) if order is None else list(order)
         rank = [order.index(entry) for entry in range(input_dim)]
         self.register_buffer("order", torch.tensor(order), persistent=False)
+        self.register_buffer("rank", torch.tensor(rank), persistent=False)
         sizes = [input_dim, *hidden_dims]
         self.layers = nn.ModuleList(
             nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)
@@ -89,75 +96,124 @@ class MaskedMLP(nn.Module):
             hidden = F.linear(hidden, layer.weight * getattr(self, f"mask_{i}"), layer.bias)
             if i == 0 and self.context is not None:
                 hidden = hidden + self.context(context)
-            hidden = self.activation(hidden)
+            hidden = activate(self.activation, hidden)
         return features_first_linear(hidden, self.output.weight * self.output_mask, self.output.bias)
 
-    @torch.no_grad()
     def fill_in(
-        self, solve: Callable[[slice, Tensor], Tensor], batch: int, context: Tensor | None = None
-    ) -> Tensor:
+        self,
+        solve: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        y: Tensor,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Find the input whose entries solve an equation each, given the entries before them.
 
         Goes once through the entries in their order and evaluates each hidden unit once, as soon
         as all it sees is known: the arithmetic of all steps together is that of one forward pass.
+        Records no gradients.
 
         Parameters
         ----------
         solve
-            Receives a slice of ranks and the parameters ``(P, n, batch)`` of those entries and
-            returns the entries ``(n, batch)``.
-        batch
-            Number of vectors.
+            Receives ``n`` entries of ``y``, ``(n, N)``, and the parameters ``(P, n, N)`` of these
+            entries; returns the entries of the solution and their log-derivatives.
+        y
+            Right-hand sides, ``(D, N)``.
         context
-            Shape ``(batch, context_dim)``.
+            Shape ``(N, context_dim)``.
 
         Returns
         -------
         Tensor
-            Entries by rank, ``(D, batch)``.
+            The solution, ``(D, N)``.
+        Tensor
+            The sums of its log-derivatives, ``(N,)``.
         """
-        dim, planes = self.input_dim, self.num_parameters
-        weights = [layer.weight for layer in self.layers]
-        weights[0] = weights[0][:, self.order]
+        # A dozen operations per entry on a few numbers each: their overhead takes the time, and
+        # inference mode takes a fifth off it. What is computed from its results is ordinary again.
+        with torch.inference_mode():
+            x, log_derivatives = self._fill_in_by_rank(
+                solve, y.index_select(0, self.order), self._memory(y.shape[1], context)
+            )
+        with torch.no_grad():
+            return x.index_select(0, self.rank), torch.cat(log_derivatives).sum(0)
+
+    def _fill_in_by_rank(
+        self,
+        solve: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        y: Tensor,
+        values: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        # What earlier blocks of steps contribute comes in one product per block, because products
+        # of few rows spend their time on reading; tensors are cut into the pieces of a block's
+        # steps at once, because slices cost as much as arithmetic. Masks hide what is not known.
+        activate = in_place(self.activation)
+        weights = self._weights_by_rank()
+        x, outputs = values[0], values[-1]
+        parameters = outputs.view(self.input_dim, self.num_parameters, -1).transpose(0, 1)
+        log_derivatives = []
+        for block in self._blocks:
+            layers = []
+            for i, ((known, _), (rows, sizes)) in enumerate(pairwise(block)):
+                seen, new, weight = values[i], values[i + 1][rows], weights[i][rows]
+                if known.start:
+                    new.addmm_(weight[:, : known.start], seen[: known.start])
+                layers.append((new.split(sizes), weight[:, known].split(sizes), seen[known]))
+            *hidden, (new_outputs, output_weights, last_hidden) = layers
+            ranks, sizes = block[0]
+            pieces = [x[ranks].split(sizes), y[ranks].split(sizes)]
+            pieces.append(parameters[:, ranks].split(sizes, dim=1))
+            for step, (solution, target, planes) in enumerate(zip(*pieces)):
+                for new, weight, seen in hidden:
+                    activate(new[step].addmm_(weight[step], seen))
+                new_outputs[step].addmm_(output_weights[step], last_hidden)
+                solved, log_derivative = solve(target, planes)
+                solution.copy_(solved)
+                log_derivatives.append(log_derivative)
+        return x, log_derivatives
+
+    def _weights_by_rank(self) -> list[Tensor]:
+        """Return masked weights, entries by rank and all parameters of an entry together."""
+        weights = [layer.weight * getattr(self, f"mask_{i}") for i, layer in enumerate(self.layers)]
+        weights[0] = weights[0].index_select(1, self.order)
+        return [*weights, self._outputs_by_rank(self.output.weight * self.output_mask)]
+
+    def _memory(self, batch: int, context: Tensor | None) -> list[Tensor]:
+        """Return memory for inputs, hidden units and outputs, the latter two filled with biases."""
         biases = [layer.bias.unsqueeze(-1) for layer in self.layers]
         if self.context is not None:
             biases[0] = biases[0] + self.context(context).T
-        rows = torch.arange(planes * dim, device=self.order.device).view(planes, dim)
-        rows = rows[:, self.order].T.flatten()
-        output_weight, output_bias = self.output.weight[rows], self.output.bias[rows].unsqueeze(-1)
+        biases.append(self._outputs_by_rank(self.output.bias.unsqueeze(-1)))
+        x = biases[-1].new_zeros(self.input_dim, batch)
+        return [x, *(bias.new_empty(len(bias), batch).copy_(bias) for bias in biases)]
 
-        x = output_weight.new_empty(dim, batch)
-        hidden = [weight.new_empty(weight.shape[0], batch) for weight in weights]
-        for ranks, units in self._steps():
-            seen, num_seen = x, ranks.start
-            for weight, bias, values, new in zip(weights, biases, hidden, units, strict=True):
-                if new.stop > new.start:
-                    values[new] = self.activation(
-                        torch.addmm(bias[new], weight[new, :num_seen], seen[:num_seen])
-                    )
-                seen, num_seen = values, new.stop
-            new_rows = slice(ranks.start * planes, ranks.stop * planes)
-            parameters = torch.addmm(
-                output_bias[new_rows], output_weight[new_rows, :num_seen], seen[:num_seen]
-            )
-            parameters = parameters.view(ranks.stop - ranks.start, planes, batch).transpose(0, 1)
-            x[ranks] = solve(ranks, parameters)
-        return x
+    def _outputs_by_rank(self, rows: Tensor) -> Tensor:
+        planes = rows.unflatten(0, (self.num_parameters, self.input_dim))
+        return planes.transpose(0, 1).index_select(0, self.order).flatten(0, 1)
 
-    def _steps(self) -> Iterator[tuple[slice, list[slice]]]:
-        """Yield the ranks to fill in at each step and the hidden units they newly enable."""
-        counts = [
-            [sum(degree < rank for degree in layer) for layer in self.degrees]
-            for rank in range(self.input_dim)
-        ]
-        enabled = [0] * len(self.degrees)
-        start = 0
-        while start < self.input_dim:
-            stop = start + 1
-            while stop < self.input_dim and counts[stop] == counts[start]:
-                stop += 1
-            yield slice(start, stop), [slice(*pair) for pair in zip(enabled, counts[start])]
-            start, enabled = stop, counts[start]
+
+def _steps(degrees: list[list[int]], input_dim: int, num_parameters: int) -> list[list[list[int]]]:
+    """Divide the work into steps that fill in as many ranks as no further hidden unit is needed for.
+
+    Returns for inputs, hidden layers and outputs how many of them each step adds.
+    """
+    enabled = groupby(
+        range(input_dim), key=lambda rank: [bisect_left(layer, rank) for layer in degrees]
+    )
+    totals, ranks = zip(*((total, len(list(group))) for total, group in enabled))
+    units = [[stop - start for start, stop in pairwise((0, *layer))] for layer in zip(*totals)]
+    return [list(ranks), *units, [num_parameters * count for count in ranks]]
+
+
+def _blocks(steps: list[list[int]]) -> list[list[tuple[slice, list[int]]]]:
+    """Gather steps in blocks; a block holds, level by level, its slice and the sizes of its steps."""
+    blocks = []
+    starts = [0] * len(steps)
+    for first in range(0, len(steps[0]), _STEPS_PER_BLOCK):
+        sizes = [level[first : first + _STEPS_PER_BLOCK] for level in steps]
+        stops = [start + sum(size) for start, size in zip(starts, sizes)]
+        blocks.append([(slice(*bounds), size) for *bounds, size in zip(starts, stops, sizes)])
+        starts = stops
+    return blocks
 
 
 def _spread(lowest: int, highest: int, count: int) -> list[int]:

@@ -15,6 +15,7 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.utils import _pytree as pytree
 
 PARTICLES = "_pyroflows_particles"
 
@@ -74,7 +75,9 @@ class ModelDensity:
             if self.guide.prototype_trace is None:
                 self.guide._setup_prototype(*self.args, **self.kwargs)
             start = self.guide._init_loc()
-            self.plate_nesting, self.has_enumeration = _structure(self.model, self.args, self.kwargs)
+            self.plate_nesting, self.has_enumeration = _structure(
+                self.model, self.args, self.kwargs
+            )
             self.prototype = self.trace(start.unsqueeze(0), vectorized=False)
         _check_finite(self.prototype)
         self.vectorized = self._can_vectorize(start)
@@ -119,8 +122,65 @@ class ModelDensity:
             parts.append(z.reshape(value.shape[0], -1))
         return torch.cat(parts, -1), log_det
 
+    def deterministic(self, z: Tensor) -> dict[str, Tensor]:
+        """Return the values ``(S, *site_shape)`` of deterministic sites at vectors ``(S, D)``."""
+        if not any(map(is_deterministic, self.prototype.nodes.values())):
+            return {}
+        return self.collect(z, "value", is_deterministic)
+
+    def collect(
+        self,
+        z: Tensor,
+        key: str,
+        select: Callable[[dict], bool],
+        model: Callable | None = None,
+    ) -> dict[str, Tensor]:
+        """Run the model at vectors ``(S, D)`` and collect an entry of the selected sites.
+
+        Parameters
+        ----------
+        z
+            Unconstrained vectors.
+        key
+            Which entry of a site: ``"value"`` or ``"log_prob"``.
+        select
+            Tells which sites.
+        model
+            A variant of the model, for instance one without data. Default: the model.
+
+        Returns
+        -------
+        dict
+            From site names to tensors ``(S, *shape)``.
+        """
+        rows = [z] if self.vectorized else z.split(1)
+        traces = [self.trace(row, self.vectorized, model, sum_out=False) for row in rows]
+        return {
+            name: torch.cat(
+                [
+                    per_particle(trace.nodes[name][key], len(row), self.prototype.nodes[name][key])
+                    for trace, row in zip(traces, rows, strict=True)
+                ]
+            )
+            for name, site in self.prototype.nodes.items()
+            if site["type"] == "sample" and select(site)
+        }
+
+    def to(self, device: torch.device | str) -> ModelDensity:
+        """Move the guide and the arguments to a device and return the density there."""
+        guide = self.guide.to(device)
+        guide.prototype_trace = None
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda t: t.to(device), (self.args, self.kwargs)
+        )
+        return ModelDensity(self.model, guide, args, kwargs)
+
     def trace(
-        self, z: Tensor, vectorized: bool = True, model: Callable | None = None
+        self,
+        z: Tensor,
+        vectorized: bool = True,
+        model: Callable | None = None,
+        sum_out: bool = True,
     ) -> poutine.Trace:
         """Run the model at vectors ``(S, D)``; return its trace with log-probabilities.
 
@@ -132,6 +192,8 @@ class ModelDensity:
             Run inside a plate of ``S`` particles; otherwise ``S`` must be 1.
         model
             A variant of the model, for instance one without data. Default: the model.
+        sum_out
+            Whether sites marked for enumeration take all their values, or are drawn.
         """
         nesting = self.plate_nesting if vectorized else 0
         data = {
@@ -139,11 +201,12 @@ class ModelDensity:
             for site, value in self._unpack(z if vectorized else z[0], nesting)
         }
         program = poutine.condition(model or self.model, data)
-        if self.has_enumeration:
+        if self.has_enumeration and sum_out:
             program = poutine.enum(program, first_available_dim=-2 - self.plate_nesting)
         if vectorized:
             program = pyro.plate(PARTICLES, z.shape[0], dim=-1 - nesting)(program)
-        with poutine.block():
+        # Far from the posterior a density may be NaN, which optimisers handle; Pyro would raise.
+        with poutine.block(), pyro.validation_enabled(False):
             trace = poutine.trace(program).get_trace(*self.args, **self.kwargs)
         trace = prune_subsample_sites(trace)
         trace.compute_log_prob()
@@ -189,6 +252,11 @@ class ModelDensity:
         return agree
 
 
+def is_deterministic(site: dict) -> bool:
+    """Tell whether a site of a trace is a ``pyro.deterministic``."""
+    return site["type"] == "sample" and bool(site["infer"].get("_deterministic"))
+
+
 def _structure(model: Callable, args: tuple, kwargs: Mapping) -> tuple[int, bool]:
     """Return how deep plates nest in a model and whether it has sites to enumerate."""
     trace = poutine.trace(model).get_trace(*args, **kwargs)
@@ -198,6 +266,13 @@ def _structure(model: Callable, args: tuple, kwargs: Mapping) -> tuple[int, bool
         site["infer"].get("enumerate") == "parallel" and not site["is_observed"] for site in sites
     )
     return max((-frame.dim for frame in frames), default=0), enumerated
+
+
+def per_particle(value: Tensor, num_particles: int, prototype: Tensor) -> Tensor:
+    """Drop the padding between particles and a site's own shape; repeat what is common to all."""
+    if value.numel() == num_particles * prototype.numel():
+        return value.reshape(num_particles, *prototype.shape)
+    return value.reshape(prototype.shape).expand(num_particles, *prototype.shape)
 
 
 def _summed(trace: poutine.Trace, num_particles: int) -> Tensor:

@@ -8,6 +8,7 @@ from .autoregressive import (
     spline_autoregressive,
 )
 from .base import Compose, Conditioned, FlowTransform, Inverse
+from .chain import Chain
 from .coupling import (
     Coupling,
     additive_coupling,
@@ -25,6 +26,7 @@ from .spline import Spline
 __all__ = [
     "Affine",
     "Autoregressive",
+    "Chain",
     "Compose",
     "Conditioned",
     "Coupling",

@@ -100,22 +100,12 @@ class Autoregressive(FlowTransform):
     def _parameters_of(self, x: Tensor, context: Tensor | None) -> Tensor:
         return parameter_planes(self.network(x, context), self.bijection.num_parameters)
 
-    @torch.no_grad()
     def _fill_in(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         batch_shape = y.shape[:-1]
-        rows = entries_first(y)[self.network.order]
-        log_det = y.new_zeros(batch_shape.numel())
         if context is not None:
             context = context.expand(*batch_shape, self.context_dim)
             context = context.reshape(batch_shape.numel(), self.context_dim)
-
-        def solve(ranks: slice, parameters: Tensor) -> Tensor:
-            x, log_derivative = self.bijection.inverse(rows[ranks], parameters)
-            log_det.add_(log_derivative.sum(0))
-            return x
-
-        x = self.network.fill_in(solve, batch_shape.numel(), context)
-        x = x[self.network.order.argsort()]
+        x, log_det = self.network.fill_in(self.bijection.inverse, entries_first(y), context)
         return batch_first(x, batch_shape), log_det.reshape(batch_shape)
 
     def _sweep(self, y: Tensor, context: Tensor | None) -> Tensor:

@@ -48,17 +48,22 @@ class Permutation(FlowTransform):
 class TriangularAffine(FlowTransform):
     r"""Map the vector by a full-rank affine map: :math:`y = \mu + L x`, ``L`` lower triangular.
 
-    The diagonal of :math:`L` is :math:`e^s`, so that :math:`\log|\det J| = \sum_d s_d`. On a
-    standard normal vector it gives any normal distribution, with covariance :math:`L L^\top`.
-    Costs ``O(D^2)`` in both directions.
+    On a standard normal vector it gives any normal distribution, with covariance
+    :math:`L L^\top`. What is learned is the map relative to a fixed frame :math:`(\mu_0, L_0)`,
+
+    .. math:: y = \mu_0 + L_0 (m + M x), \qquad
+        \log|\det J| = \textstyle\sum_d \log (L_0)_{dd} + \log M_{dd} ,
+
+    so that steps of equal size mean the same whatever the units of :math:`y`: see
+    :meth:`set_frame`. Costs ``O(D^2)`` in both directions.
 
     Parameters
     ----------
     loc
-        The shift :math:`\mu`, shape ``(D,)``.
+        The initial :math:`\mu`, shape ``(D,)``.
     scale_tril
-        The matrix :math:`L`, shape ``(D, D)``, with a positive diagonal; entries above the diagonal
-        are ignored.
+        The initial :math:`L`, shape ``(D, D)``, with a positive diagonal; entries above the
+        diagonal are ignored.
 
     Raises
     ------
@@ -72,44 +77,61 @@ class TriangularAffine(FlowTransform):
     tensor([2., 2.])
     """
 
+    frame_loc: Tensor
+    frame_scale_tril: Tensor
+
     def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
-        if loc.dim() != 1 or scale_tril.shape != (loc.shape[0], loc.shape[0]):
-            raise ValueError(
-                "loc and scale_tril must have shapes (D,) and (D, D), got "
-                f"{tuple(loc.shape)} and {tuple(scale_tril.shape)}"
-            )
+        _check_loc_scale(loc, scale_tril, "scale_tril", (loc.shape[0],) * 2)
         if not (scale_tril.diagonal() > 0).all():
             raise ValueError("scale_tril must have a positive diagonal")
         super().__init__(loc.shape[0])
-        self.loc = nn.Parameter(loc.detach().clone())
-        self.log_diagonal = nn.Parameter(scale_tril.detach().diagonal().log())
-        self.below_diagonal = nn.Parameter(scale_tril.detach().tril(-1))
+        scale_tril = scale_tril.detach()
+        self.loc = nn.Parameter(torch.zeros_like(loc))
+        self.log_diagonal = nn.Parameter(scale_tril.diagonal().log())
+        self.below_diagonal = nn.Parameter(scale_tril.tril(-1))
+        self.register_buffer("frame_loc", loc.detach().clone())
+        self.register_buffer("frame_scale_tril", torch.eye(loc.shape[0]).to(scale_tril))
 
-    @property
-    def scale_tril(self) -> Tensor:
-        """Return the matrix ``L``."""
-        return self.below_diagonal.tril(-1) + self.log_diagonal.exp().diag()
+    @torch.no_grad()
+    def set_frame(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Make the map ``loc + scale_tril @ x`` and learn on from there, relative to it."""
+        self.frame_loc.copy_(loc)
+        self.frame_scale_tril.copy_(scale_tril)
+        for parameter in self.parameters():
+            parameter.zero_()
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Return the shift ``(D,)`` and the lower triangular matrix ``(D, D)``."""
+        relative = self.below_diagonal.tril(-1) + self.log_diagonal.exp().diag()
+        loc = self.frame_loc + self.frame_scale_tril @ self.loc
+        return loc, self.frame_scale_tril @ relative
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.loc + x @ self.scale_tril.T, self.log_diagonal.sum().expand(x.shape[:-1])
+        loc, scale_tril = self.affine()
+        return loc + x @ scale_tril.T, self._log_det().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        rows = (y - self.loc).reshape(y.shape[:-1].numel(), y.shape[-1]).T
-        x = torch.linalg.solve_triangular(self.scale_tril, rows, upper=False)
-        return x.T.reshape(y.shape), -self.log_diagonal.sum().expand(y.shape[:-1])
+        loc, scale_tril = self.affine()
+        rows = (y - loc).reshape(y.shape[:-1].numel(), y.shape[-1]).T
+        x = torch.linalg.solve_triangular(scale_tril, rows, upper=False)
+        return x.T.reshape(y.shape), -self._log_det().expand(y.shape[:-1])
+
+    def _log_det(self) -> Tensor:
+        return (self.log_diagonal + self.frame_scale_tril.diagonal().log()).sum()
 
 
 class DiagonalAffine(FlowTransform):
-    r"""Scale and shift each entry: :math:`y = \mu + e^s x`, with :math:`s` unbounded.
+    r"""Scale and shift each entry: :math:`y = \mu + \sigma x` with :math:`\sigma` unbounded.
 
-    Costs ``O(D)`` in both directions.
+    What is learned is the map relative to a fixed frame, as in :class:`TriangularAffine`. Costs
+    ``O(D)`` in both directions.
 
     Parameters
     ----------
     loc
-        The shift :math:`\mu`, shape ``(D,)``.
+        The initial shift :math:`\mu`, shape ``(D,)``.
     scale
-        The scale :math:`e^s`, shape ``(D,)``, positive.
+        The initial scale :math:`\sigma`, shape ``(D,)``, positive.
 
     Raises
     ------
@@ -123,23 +145,47 @@ class DiagonalAffine(FlowTransform):
     tensor([2., 1.])
     """
 
+    frame_loc: Tensor
+    frame_scale: Tensor
+
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
-        if loc.dim() != 1 or scale.shape != loc.shape:
-            raise ValueError(
-                "loc and scale must both have shape (D,), got "
-                f"{tuple(loc.shape)} and {tuple(scale.shape)}"
-            )
+        _check_loc_scale(loc, scale, "scale", loc.shape)
         if not (scale > 0).all():
             raise ValueError("scale must be positive")
         super().__init__(loc.shape[0])
-        self.loc = nn.Parameter(loc.detach().clone())
+        self.loc = nn.Parameter(torch.zeros_like(loc))
         self.log_scale = nn.Parameter(scale.detach().log())
+        self.register_buffer("frame_loc", loc.detach().clone())
+        self.register_buffer("frame_scale", torch.ones_like(loc))
+
+    @torch.no_grad()
+    def set_frame(self, loc: Tensor, scale: Tensor) -> None:
+        """Make the map ``loc + scale * x`` and learn on from there, relative to it."""
+        self.frame_loc.copy_(loc)
+        self.frame_scale.copy_(scale)
+        for parameter in self.parameters():
+            parameter.zero_()
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Return the shift and the scale, both of shape ``(D,)``."""
+        loc = self.frame_loc + self.frame_scale * self.loc
+        return loc, self.frame_scale * self.log_scale.exp()
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.loc + self.log_scale.exp() * x, self.log_scale.sum().expand(x.shape[:-1])
+        loc, scale = self.affine()
+        return loc + scale * x, scale.log().sum().expand(x.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return (y - self.loc) * (-self.log_scale).exp(), -self.log_scale.sum().expand(y.shape[:-1])
+        loc, scale = self.affine()
+        return (y - loc) / scale, -scale.log().sum().expand(y.shape[:-1])
+
+
+def _check_loc_scale(loc: Tensor, scale: Tensor, name: str, shape: Sequence[int]) -> None:
+    if loc.dim() != 1 or scale.shape != torch.Size(shape):
+        raise ValueError(
+            f"loc must have shape (D,) and {name} {'(D, D)' if len(shape) > 1 else '(D,)'}, got "
+            f"{tuple(loc.shape)} and {tuple(scale.shape)}"
+        )
 
 
 def permute(input_dim: int, permutation: Sequence[int] | None = None) -> Permutation:

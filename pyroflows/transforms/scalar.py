@@ -96,13 +96,18 @@ class Affine(ScalarBijection):
     num_parameters: ClassVar[int] = 2
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale = _soft_bound(parameters[1], self.log_scale_bound)
-        return torch.addcmul(parameters[0], x, log_scale.exp()), log_scale
+        shift, raw = parameters.unbind(0)
+        log_scale = _soft_bound(raw, self.log_scale_bound)
+        return torch.addcmul(shift, x, log_scale.exp()), log_scale
 
     def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale = -_soft_bound(parameters[1], self.log_scale_bound)
-        return (y - parameters[0]) * log_scale.exp(), log_scale
+        shift, raw = parameters.unbind(0)
+        log_scale = -_soft_bound(raw, self.log_scale_bound)
+        return (y - shift) * log_scale.exp(), log_scale
 
 
 def _soft_bound(raw: Tensor, bound: float) -> Tensor:
-    return torch.tanh(raw / bound) * bound
+    # As a tensor because torch makes one of a number at each use, which takes longer than the
+    # arithmetic on the few numbers of a step of an autoregressive inverse.
+    limit = raw.new_full((), bound)
+    return torch.tanh(raw / limit) * limit

@@ -1,0 +1,176 @@
+"""The cases of the property tests: every registered flow and every transform, small and quick."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pyroflows as pf
+from pyroflows.transforms import (
+    Affine,
+    Autoregressive,
+    Chain,
+    Compose,
+    Coupling,
+    DiagonalAffine,
+    Elementwise,
+    FlowTransform,
+    Permutation,
+    Scale,
+    Shift,
+    Spline,
+    TriangularAffine,
+)
+
+SMALL = {"num_layers": 2, "hidden_dims": (8, 8), "bins": 4}
+SIZES = ((5, 0), (4, 3), (2, 0), (1, 0), (1, 2))  # input_dim, context_dim
+BIJECTIONS = (Shift(), Scale(), Affine(), Spline(bins=4), Chain(Spline(bins=4), Affine()))
+BATCH_SHAPES = ((), (7,), (0,), (2, 3), (4, 1, 3))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Name a flow and say how to build it."""
+
+    name: str
+    build: Callable[[], FlowTransform]
+    input_dim: int
+    context_dim: int = 0
+    near_identity: bool = True
+    exact_log_det: bool = True
+
+    def flow(self, dtype: torch.dtype = torch.float64, noise: float = 0.1) -> FlowTransform:
+        """Build the flow, with ``noise`` times standard normal draws added to its parameters."""
+        torch.manual_seed(0)
+        return perturb(self.build().to(dtype), noise)
+
+    def bound(self, dtype: torch.dtype = torch.float64, noise: float = 0.1) -> FlowTransform:
+        """Build the flow and bind one context to it if it takes any."""
+        flow = self.flow(dtype, noise)
+        return flow.condition(self.context(dtype=dtype)) if self.context_dim else flow
+
+    def inputs(
+        self, *batch: int, dtype: torch.dtype = torch.float64, scale: float = 3.0, seed: int = 1
+    ) -> Tensor:
+        return scale * normal(*batch, self.input_dim, seed=seed).to(dtype)
+
+    def context(self, *batch: int, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor:
+        return normal(*batch, self.context_dim, seed=seed).to(dtype)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    """Draw standard normal numbers that depend on nothing but the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def perturb(flow: FlowTransform, noise: float) -> FlowTransform:
+    with torch.no_grad():
+        for seed, parameter in enumerate(flow.parameters()):
+            parameter.add_(noise * normal(*parameter.shape, seed=seed))
+    return flow
+
+
+def jacobian(y: Tensor, x: Tensor) -> Tensor:
+    """Return ``dy/dx`` of each vector of a batch, by backpropagation: ``(*batch, D, D)``."""
+    rows = [
+        torch.autograd.grad(y[..., i].sum(), x, retain_graph=True)[0] for i in range(y.shape[-1])
+    ]
+    return torch.stack(rows, -2)
+
+
+def registered(name: str, input_dim: int, context_dim: int = 0, **options: Any) -> FlowTransform:
+    """Build a registered flow with those of the options that it knows."""
+    known = inspect.signature(pf.flows.spec(name).factory).parameters
+    options = {option: value for option, value in options.items() if option in known}
+    return pf.flow(name, input_dim, context_dim, **options)
+
+
+def _registered_cases() -> Iterator[Case]:
+    for name in pf.flows.names():
+        for input_dim, context_dim in SIZES:
+            yield Case(
+                f"{name}-{input_dim}-{context_dim}",
+                lambda name=name, D=input_dim, C=context_dim: registered(name, D, C, **SMALL),
+                input_dim,
+                context_dim,
+                exact_log_det=pf.flows.spec(name).exact_log_det,
+            )
+
+
+def _product_cases() -> Iterator[Case]:
+    for layer in (Coupling, Autoregressive, Elementwise):
+        for bijection in BIJECTIONS:
+            for input_dim, context_dim in SIZES:
+                if input_dim == 2 or (layer is not Elementwise and input_dim + context_dim == 1):
+                    continue  # of the second, an entry that has nothing to depend on
+                yield Case(
+                    f"{layer.__name__}-{type(bijection).__name__}-{input_dim}-{context_dim}",
+                    lambda layer=layer, g=bijection, D=input_dim, C=context_dim: layer(
+                        g, D, C, hidden_dims=(8, 8)
+                    ),
+                    input_dim,
+                    context_dim,
+                )
+
+
+def triangular(input_dim: int) -> TriangularAffine:
+    scale_tril = 0.3 * normal(input_dim, input_dim, seed=3).tril(-1) + torch.eye(input_dim)
+    return TriangularAffine(normal(input_dim, seed=4).float(), scale_tril.float())
+
+
+def diagonal(input_dim: int) -> DiagonalAffine:
+    return DiagonalAffine(torch.linspace(-1, 1, input_dim), torch.linspace(0.5, 2, input_dim))
+
+
+def coupling(input_dim: int, context_dim: int = 0, **options: Any) -> Coupling:
+    return Coupling(Affine(), input_dim, context_dim, hidden_dims=(8,), **options)
+
+
+def autoregressive(input_dim: int, context_dim: int = 0) -> Autoregressive:
+    return Autoregressive(Affine(), input_dim, context_dim, hidden_dims=(8,))
+
+
+def stack() -> Compose:
+    """Nest stacks, inverses, a permutation, and parts with and without a context."""
+    inner = Compose([coupling(4, 3), Permutation([2, 0, 3, 1])])
+    return Compose([inner, autoregressive(4).inv, triangular(4), inner.inv, autoregressive(4, 3)])
+
+
+def _other_cases() -> Iterator[Case]:
+    for D in (1, 2, 5):
+        yield Case(f"Permutation-{D}", lambda D=D: Permutation([*range(1, D), 0]), D, 0, False)
+        yield Case(f"TriangularAffine-{D}", lambda D=D: triangular(D), D, 0, False)
+        yield Case(f"DiagonalAffine-{D}", lambda D=D: diagonal(D), D, 0, False)
+    yield Case("Inverse-Coupling-4-3", lambda: coupling(4, 3).inv, 4, 3)
+    yield Case("Inverse-Autoregressive-5-0", lambda: autoregressive(5).inv, 5)
+    yield Case("Inverse-TriangularAffine-5", lambda: triangular(5).inv, 5, 0, False)
+    yield Case("Coupling-shuffled-5-0", lambda: coupling(5, split_dim=1, order=[3, 0, 4, 1, 2]), 5)
+    yield Case("Compose-nested-4-3", stack, 4, 3, False)
+    yield Case("Compose-nested-inverse-4-3", lambda: stack().inv, 4, 3, False)
+    yield Case("Compose-tied-4-0", lambda: Compose([coupling(4)] * 2), 4)
+    yield Case("Conditioned-4", lambda: stack().condition(torch.ones(3)), 4, 0, False)
+    yield Case("Conditioned-inverse-4", lambda: stack().condition(torch.ones(3)).inv, 4, 0, False)
+
+
+REGISTERED = tuple(_registered_cases())
+PRODUCTS = tuple(_product_cases())
+OTHERS = tuple(_other_cases())
+CASES = (*REGISTERED, *PRODUCTS, *OTHERS)
+# One case for each way a flow can work, for properties that do not depend on sizes.
+KINDS = (
+    *(case for case in REGISTERED if (case.input_dim, case.context_dim) == (4, 3)),
+    *(case for case in PRODUCTS if case.name == "Elementwise-Spline-5-0"),
+    *(case for case in OTHERS if case.input_dim > 2),
+)
+
+
+def over(cases: Iterable[Case]) -> dict[str, Any]:
+    """Return the arguments that parametrise a fixture over cases."""
+    cases = list(cases)
+    return {"params": cases, "ids": [case.name for case in cases]}
