@@ -87,6 +87,15 @@ class ModelDensity:
         """Return the latent sites by name."""
         return dict(self.guide.prototype_trace.iter_stochastic_nodes())
 
+    def is_data(self, site: dict) -> bool:
+        """Tell whether a site of a trace holds data: observed, not latent, not deterministic."""
+        return (
+            site["type"] == "sample"
+            and site["is_observed"]
+            and site["name"] not in self.sites
+            and not is_deterministic(site)
+        )
+
     def parameters(self) -> list[Tensor]:
         """Return the unconstrained values of the model's own learnable parameters."""
         sites = self.prototype.nodes.values()

@@ -112,9 +112,9 @@ def _posterior_groups(result: VariationalPosterior, resample: bool) -> Groups:
         "posterior": {name: _chain(value) for name, value in result.site_values(z).items()},
         "unconstrained_posterior": _unconstrained(density, z),
         "sample_stats": {name: _chain(value) for name, value in stats.items()},
-        "log_likelihood": {} if density.has_enumeration else collect("log_prob", _is_data),
+        "log_likelihood": {} if density.has_enumeration else collect("log_prob", density.is_data),
         "log_prior": collect("log_prob", lambda site: site["name"] in latent),
-        "posterior_predictive": collect("value", _is_data, without_data),
+        "posterior_predictive": collect("value", density.is_data, without_data),
     }
 
 
@@ -123,7 +123,7 @@ def _prior_groups(density: ModelDensity, num_draws: int) -> Groups:
     model = poutine.uncondition(density.model)
     prototype = density.prototype.nodes
     latent = [*density.sites, *(n for n, site in prototype.items() if is_deterministic(site))]
-    observed = [name for name, site in prototype.items() if _is_data(site)]
+    observed = [name for name, site in prototype.items() if density.is_data(site)]
     if density.vectorized:
         model = pyro.plate(PARTICLES, num_draws, dim=-1 - density.plate_nesting)(model)
     runs = 1 if density.vectorized else num_draws
@@ -160,7 +160,7 @@ def _observed_data(density: ModelDensity) -> dict[str, np.ndarray]:
     return {
         name: _numpy(site["value"])
         for name, site in density.prototype.nodes.items()
-        if _is_data(site)
+        if density.is_data(site)
     }
 
 
@@ -208,10 +208,6 @@ def _attributes(result: VariationalPosterior) -> dict[str, Any]:
         "num_steps": len(result.losses),
         "inference_library": "pyroflows",
     }
-
-
-def _is_data(site: dict) -> bool:
-    return site["type"] == "sample" and site["is_observed"] and not is_deterministic(site)
 
 
 def _chain(value: Tensor) -> np.ndarray:
