@@ -240,7 +240,7 @@ def test_values_are_validated_on_demand() -> None:
         checked.log_prob(nan)
     assert unchecked.log_prob(nan).isnan()
     for flow in (checked, unchecked):
-        with pytest.raises(ValueError, match=r"3.*4"):
+        with pytest.raises(ValueError, match=r"3.*4|4.*3"):
             flow.log_prob(torch.zeros(7, 3).double())
     assert checked.expand((2,))._validate_args
     with pytest.raises(ValueError, match=r"value argument .*support"):
