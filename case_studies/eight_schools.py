@@ -178,9 +178,7 @@ def main() -> None:
     result.to_arviz(coords={"school": SCHOOLS}).to_netcdf(options.out / "eight_schools.nc")
     write_json(options.out / "metrics.json", table.to_dict(orient="index"))
     draw_pictures(results, exact, options.out)
-    print(
-        f"\nwritten to {options.out}: eight_schools.nc, metrics.json, pair.png, elbo.png, weights.png"
-    )
+    print("\nwritten:", *sorted(str(path) for path in options.out.iterdir()))
 
 
 if __name__ == "__main__":

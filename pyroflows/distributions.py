@@ -56,7 +56,7 @@ class Flow(dist.TransformedDistribution):
         shape = (base.batch_shape + base.event_shape)[-size:]
         if shape != transform.event_shape or len(base.event_shape) > size:
             raise ValueError(
-                f"base must have event shape {tuple(transform.event_shape)} like the transform, got "
+                f"base must have the transform's event shape {tuple(transform.event_shape)}, got "
                 f"batch shape {tuple(base.batch_shape)} and event shape {tuple(base.event_shape)}"
             )
         super().__init__(base, [transform], validate_args=validate_args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyro.distributions as dist
 import torch
@@ -18,7 +18,9 @@ from . import flows
 from .distributions import Flow, standard_normal
 from .transforms import Compose, DiagonalAffine, FlowTransform, TriangularAffine
 
-Base = dist.Distribution | Callable[[int], dist.Distribution]
+Base: TypeAlias = (
+    torch.distributions.Distribution | Callable[[int], torch.distributions.Distribution]
+)
 
 FULL_RANK_MAX_DIM = (
     128  # beyond it the outer affine map is diagonal: D (D + 1) / 2 numbers are many
@@ -106,7 +108,7 @@ class AutoFlow(AutoContinuous):
         self._options = options
         self._init_scale = init_scale
         self._base = base
-        self.transform = None
+        self.transform: Compose | None = None
 
     @property
     def flow(self) -> str | Callable[[int], FlowTransform]:
@@ -163,10 +165,20 @@ class AutoFlow(AutoContinuous):
         """Return the distribution of ``z``."""
         if self._base is None:
             return standard_normal(self._origin)
-        return self._base(self.latent_dim) if _is_factory(self._base) else self._base
+        if isinstance(self._base, torch.distributions.Distribution):
+            return self._base
+        return self._base(self.latent_dim)
 
-    def get_transform(self, *args: Any, **kwargs: Any) -> FlowTransform:
-        """Return the map from ``z`` to the unconstrained latent vector."""
+    def get_transform(self, *args: Any, **kwargs: Any) -> Compose:
+        """Return the map from ``z`` to the unconstrained latent vector.
+
+        Raises
+        ------
+        RuntimeError
+            Before the first call of the guide, when its size is not known yet.
+        """
+        if self.transform is None:
+            raise RuntimeError("call the guide once before asking for its transform")
         return self.transform
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Flow:
@@ -233,7 +245,7 @@ class AutoFlow(AutoContinuous):
 
 
 class AutoNICE(AutoFlow):
-    """Approximate a posterior by additive couplings and a rescaling, see :func:`pyroflows.flows.nice`.
+    """Approximate a posterior by additive couplings, see :func:`pyroflows.flows.nice`.
 
     Sampling and log-density take one pass. Takes the arguments of :class:`AutoFlow` but ``flow``.
 
@@ -348,7 +360,3 @@ def _check_latent_sites(model: Callable, args: tuple, kwargs: Mapping) -> None:
 
 def _is_enumerated(msg: dict) -> bool:
     return msg["type"] == "sample" and msg["infer"].get("enumerate") == "parallel"
-
-
-def _is_factory(base: Base) -> bool:
-    return not isinstance(base, torch.distributions.Distribution)

@@ -123,13 +123,13 @@ class ModelDensity:
         ValueError
             If a site is missing, or its values have the wrong shape or leave its support.
         """
-        parts, log_det = [], 0.0
+        parts, log_dets = [], []
         for name, site in self.sites.items():
             value = _check_values(name, site, values)
             z = biject_to(site["fn"].support).inv(value)
-            log_det = log_det - self._log_det(site, z, value)
+            log_dets.append(-self._log_det(site, z, value))
             parts.append(z.reshape(value.shape[0], -1))
-        return torch.cat(parts, -1), log_det
+        return torch.cat(parts, -1), torch.stack(log_dets).sum(0)
 
     def deterministic(self, z: Tensor) -> dict[str, Tensor]:
         """Return the values ``(S, *site_shape)`` of deterministic sites at vectors ``(S, D)``."""

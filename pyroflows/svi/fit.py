@@ -14,7 +14,7 @@ from ..distributions import Flow
 from ..guides import AutoFlow
 from .density import ModelDensity
 from .posterior import VariationalPosterior
-from .training import frozen, train
+from .training import clip_outliers, frozen, train
 from .warm_start import Gaussian, fit_gaussian
 
 NUM_STEPS = 3000
@@ -130,7 +130,7 @@ def fit(
 
 
 def _start_from_gaussian(density: ModelDensity, guide: AutoFlow, seed: int) -> None:
-    affine = guide.transform[-1]
+    affine = guide.get_transform()[-1]
     with frozen(density.parameters()), torch.no_grad():
         gaussian = fit_gaussian(density, Gaussian(*affine.affine()), seed)
         affine.set_frame(gaussian.loc, gaussian.scale)
@@ -153,7 +153,7 @@ def _path_gradient(
     guide: AutoContinuous, num_particles: int, density: ModelDensity
 ) -> tuple[Tensor, Tensor]:
     posterior = guide.get_posterior(*density.args, **density.kwargs)
-    z, _ = posterior.rsample_and_log_prob((num_particles,))
+    z = clip_outliers(posterior.rsample_and_log_prob((num_particles,))[0])
     with frozen(list(guide.parameters())):
         fixed = guide.get_posterior(*density.args, **density.kwargs)
         return z, fixed.log_prob(z)
@@ -164,9 +164,11 @@ def _total_gradient(
 ) -> tuple[Tensor, Tensor]:
     posterior = guide.get_posterior(*density.args, **density.kwargs)
     if isinstance(posterior, Flow):
-        return posterior.rsample_and_log_prob((num_particles,))
-    z = posterior.rsample((num_particles,))
-    return z, posterior.log_prob(z)
+        z, log_q = posterior.rsample_and_log_prob((num_particles,))
+    else:
+        z = posterior.rsample((num_particles,))
+        log_q = posterior.log_prob(z)
+    return clip_outliers(z), log_q
 
 
 def _has_fast_inverse(guide: AutoContinuous) -> bool:

@@ -143,8 +143,9 @@ def _build_guide(description: Mapping[str, Any], model: Callable) -> Any:
 
 
 def _encode_option(key: str, value: Any) -> Any:
-    if inspect.isclass(value) and getattr(nn, value.__name__, None) is value:
-        return {"torch.nn": value.__name__}
+    name = getattr(value, "__name__", "")
+    if name and getattr(nn, name, None) is value:
+        return {"torch.nn": name}
     if isinstance(value, str | int | float | bool | None):
         return value
     if isinstance(value, list | tuple | range) and all(isinstance(v, int | float) for v in value):

@@ -15,8 +15,10 @@ from tqdm.auto import tqdm
 WARM_UP_STEPS = 100
 WINDOW = 250  # steps averaged to see whether the loss still falls
 DECAY_FRACTION = 0.5  # length of the decay, as a fraction of the steps before it
-SNAPSHOT_INTERVAL = 50
+CHECK_INTERVAL = 50  # steps between checks, and between snapshots to go back to
 CLIP_FACTOR = 3.0  # gradients are clipped at this multiple of their running norm
+OUTLIER_FACTOR = 100.0  # and those of single draws at this multiple of their median
+DIVERGENCE_FACTOR = 20.0  # a loss this many deviations above the best has diverged
 MAX_RECOVERIES = 10
 
 
@@ -31,50 +33,95 @@ def train(
 
     The learning rate warms up, is held until the loss no longer falls by more than its Monte Carlo
     error, and then decays; ``num_steps`` bounds the whole. Gradients are clipped relative to their
-    running norm. A step that is not finite is undone: the parameters go back to the last snapshot
-    and the learning rate is halved, with a warning. An interrupt (Ctrl-C) ends the loop early and
-    keeps what was learned.
+    running norm. Where a step is not finite or the loss has diverged, the parameters go back to
+    the best snapshot and the learning rate is halved, with a warning. An interrupt (Ctrl-C) ends
+    the loop early and keeps what was learned.
 
     Raises
     ------
     FloatingPointError
-        If the loss keeps being not finite.
+        If this keeps happening.
     """
-    schedule = Schedule(num_steps)
-    optimizer = torch.optim.Adam(parameters, learning_rate)
-    snapshot = _Snapshot(parameters, optimizer)
-    clip = _RelativeClip()
-    losses: list[float] = []
-    recoveries = 0
+    run = _Run(parameters, num_steps, learning_rate)
     with torch.enable_grad(), tqdm(total=num_steps, disable=not progress, desc="fit") as bar:
         try:
-            while not schedule.is_over(losses):
-                rate = learning_rate * schedule.factor(len(losses)) * 0.5**recoveries
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.zero_grad()
-                loss = loss_function()
-                loss.backward()
-                norm = clip(parameters)
-                value = float(loss.detach())
-                if not (math.isfinite(value) and math.isfinite(norm)):
-                    recoveries += 1
-                    snapshot.restore(parameters, optimizer, len(losses), recoveries)
-                    continue
-                optimizer.step()
-                losses.append(value)
-                if len(losses) % SNAPSHOT_INTERVAL == 0:
-                    snapshot = _Snapshot(parameters, optimizer, len(losses))
-                    bar.set_postfix(
-                        ELBO=f"{-sum(losses[-SNAPSHOT_INTERVAL:]) / SNAPSHOT_INTERVAL:.3f}"
-                    )
-                bar.update()
+            while not run.is_over():
+                if run.step(loss_function):
+                    bar.update()
+                    if len(run.losses) % CHECK_INTERVAL == 0:
+                        run.check()
+                        bar.set_postfix(ELBO=f"{-_median(run.losses[-CHECK_INTERVAL:]):.3f}")
         except KeyboardInterrupt:
             warnings.warn(
-                f"interrupted after {len(losses)} steps: the result holds what was learned so far",
+                f"interrupted after {len(run.losses)} steps: the result holds what was learned "
+                "so far",
                 stacklevel=3,
             )
-    return torch.tensor(losses)
+    return torch.tensor(run.losses)
+
+
+class _Run:
+    """Hold the state of an optimisation."""
+
+    def __init__(self, parameters: Sequence[Tensor], num_steps: int, learning_rate: float) -> None:
+        self.parameters = parameters
+        self.learning_rate = learning_rate
+        self.schedule = Schedule(num_steps)
+        self.optimizer = torch.optim.Adam(parameters, learning_rate)
+        self.clip = _RelativeClip()
+        self.losses: list[float] = []
+        self.recoveries = 0
+        self.best = _Snapshot(self.parameters, self.optimizer)
+
+    def is_over(self) -> bool:
+        """Tell whether all steps are done."""
+        return self.schedule.is_over(self.losses)
+
+    def step(self, loss_function: Callable[[], Tensor]) -> bool:
+        """Make one step; return whether it was finite and hence made."""
+        rate = self.learning_rate * self.schedule.factor(len(self.losses)) * 0.5**self.recoveries
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        loss = loss_function()
+        loss.backward()
+        norm = self.clip(self.parameters)
+        value = float(loss.detach())
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            self._recover("the ELBO or its gradient is not finite")
+            return False
+        self.optimizer.step()
+        self.losses.append(value)
+        return True
+
+    def check(self) -> None:
+        """Take a snapshot if the loss has not risen; go back to the best one if it has diverged."""
+        recent = torch.tensor(self.losses[-CHECK_INTERVAL:], dtype=torch.float64)
+        median = recent.median().item()
+        deviation = (recent - median).abs().median().item()
+        if median <= self.best.loss + deviation:
+            best = min(median, self.best.loss)
+            self.best = _Snapshot(
+                self.parameters, self.optimizer, len(self.losses), best, deviation
+            )
+        elif median > self.best.loss + max(1.0, DIVERGENCE_FACTOR * self.best.deviation):
+            self._recover(f"the ELBO has dropped from {-self.best.loss:.6g} to {-median:.6g}")
+
+    def _recover(self, reason: str) -> None:
+        self.recoveries += 1
+        step = len(self.losses)
+        if self.recoveries > MAX_RECOVERIES:
+            raise FloatingPointError(
+                f"{reason} at step {step}, after {MAX_RECOVERIES} restarts, each at half the "
+                "learning rate: look for log-densities that overflow, lower learning_rate, raise "
+                "num_particles, or use float64"
+            )
+        warnings.warn(
+            f"{reason} at step {step}: went back to step {self.best.step} and halved the learning "
+            "rate",
+            stacklevel=5,
+        )
+        self.best.restore(self.parameters, self.optimizer)
 
 
 class Schedule:
@@ -98,7 +145,7 @@ class Schedule:
     def is_over(self, losses: Sequence[float]) -> bool:
         """Tell whether all steps are done; begin the decay early if the loss has converged."""
         step = len(losses)
-        if step % SNAPSHOT_INTERVAL == 0 and step < self.decay_start and has_converged(losses):
+        if step % CHECK_INTERVAL == 0 and step < self.decay_start and has_converged(losses):
             self.decay_start = step
             self.end = min(self.num_steps, step + math.ceil(DECAY_FRACTION * step))
         return step >= self.end
@@ -133,51 +180,62 @@ def frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def clip_outliers(draws: Tensor) -> Tensor:
+    """Return draws ``(S, D)`` whose gradients are clipped at 100 times the median of their norms.
+
+    Far in the tails a log-density can be so steep that a single draw outweighs all others.
+    """
+
+    def clip(gradient: Tensor) -> Tensor:
+        norms = gradient.norm(dim=-1, keepdim=True)
+        limit = OUTLIER_FACTOR * norms.median()
+        return torch.where((norms > limit) & (limit > 0), gradient * (limit / norms), gradient)
+
+    if draws.requires_grad:
+        draws.register_hook(clip)
+    return draws
+
+
 class _RelativeClip:
     """Clip gradients at a multiple of their running norm, which needs no scale from the user."""
 
     def __init__(self) -> None:
-        self.running: float | None = None
+        self.log_running: float | None = None
 
     def __call__(self, parameters: Sequence[Tensor]) -> float:
-        limit = math.inf if self.running is None else CLIP_FACTOR * self.running
+        limit = math.inf if self.log_running is None else CLIP_FACTOR * math.exp(self.log_running)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        if math.isfinite(norm):
-            clipped = min(norm, limit)
-            self.running = clipped if self.running is None else 0.95 * self.running + 0.05 * clipped
+        if 0 < norm < math.inf:
+            log_norm = math.log(min(norm, limit))
+            before = log_norm if self.log_running is None else self.log_running
+            self.log_running = 0.95 * before + 0.05 * log_norm
         return norm
 
 
 class _Snapshot:
-    """Hold a copy of parameters and optimizer to go back to."""
+    """Hold a copy of parameters and optimizer to go back to, and the loss there."""
 
     def __init__(
-        self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, step: int = 0
+        self,
+        parameters: Sequence[Tensor],
+        optimizer: torch.optim.Optimizer,
+        step: int = 0,
+        loss: float = math.inf,
+        deviation: float = math.inf,
     ) -> None:
         self.step = step
+        self.loss = loss
+        self.deviation = deviation
         self.parameters = [parameter.detach().clone() for parameter in parameters]
         self.optimizer = copy.deepcopy(optimizer.state_dict())
 
     @torch.no_grad()
-    def restore(
-        self,
-        parameters: Sequence[Tensor],
-        optimizer: torch.optim.Optimizer,
-        step: int,
-        recoveries: int,
-    ) -> None:
-        """Go back to the snapshot, with a warning."""
-        if recoveries > MAX_RECOVERIES:
-            raise FloatingPointError(
-                f"the ELBO or its gradient was not finite {recoveries} times, last at step {step}, "
-                "each time at half the learning rate: look for log-densities that overflow, "
-                "lower learning_rate, raise num_particles, or use float64"
-            )
-        warnings.warn(
-            f"the ELBO or its gradient is not finite at step {step}: went back to step "
-            f"{self.step} and halved the learning rate",
-            stacklevel=5,
-        )
+    def restore(self, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """Go back to the snapshot."""
         for parameter, saved in zip(parameters, self.parameters, strict=True):
             parameter.copy_(saved)
         optimizer.load_state_dict(copy.deepcopy(self.optimizer))
+
+
+def _median(values: Sequence[float]) -> float:
+    return torch.tensor(values, dtype=torch.float64).median().item()

@@ -6,7 +6,7 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from pyro.distributions import TransformModule
@@ -126,11 +126,15 @@ class FlowTransform(TransformModule):
             if name in cls.__dict__:
                 setattr(cls, name, _checked(cls.__dict__[name]))
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Map ``x`` to ``y``; return ``y`` and ``log|det dy/dx|``."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward_and_log_det")
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Map ``y`` back to ``x``; return ``x`` and ``log|det dx/dy|``."""
         raise NotImplementedError(f"{type(self).__name__} does not define inverse_and_log_det")
 
@@ -303,10 +307,14 @@ class Inverse(FlowTransform):
     def inv(self) -> FlowTransform:
         return self.flow
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self.flow.inverse_and_log_det(x, context)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self.flow.forward_and_log_det(y, context)
 
     def _call(self, x: Tensor) -> Tensor:
@@ -371,29 +379,33 @@ class Compose(FlowTransform):
         super().__init__(parts[0].event_shape, max(contexts, default=0), cache_size)
         self.parts = nn.ModuleList(parts)
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total: Tensor | float = 0.0
-        for part in self.parts:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        log_dets = []
+        for part in self:
             x, log_det = part.forward_and_log_det(x, context if part.context_dim else None)
-            total = total + log_det
-        return x, total
+            log_dets.append(log_det)
+        return x, functools.reduce(torch.add, log_dets)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total: Tensor | float = 0.0
-        for part in reversed(self.parts):
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        log_dets = []
+        for part in reversed(list(self)):
             y, log_det = part.inverse_and_log_det(y, context if part.context_dim else None)
-            total = total + log_det
-        return y, total
+            log_dets.append(log_det)
+        return y, functools.reduce(torch.add, log_dets)
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __iter__(self) -> Iterator[FlowTransform]:
-        return iter(self.parts)
+        return iter(cast(Iterable[FlowTransform], self.parts))
 
     def __getitem__(self, index: int | slice) -> FlowTransform:
-        part = self.parts[index]
-        return Compose(part) if isinstance(index, slice) else part
+        parts = list(self)
+        return Compose(parts[index]) if isinstance(index, slice) else parts[index]
 
 
 class Conditioned(FlowTransform):

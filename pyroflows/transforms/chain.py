@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from .scalar import ScalarBijection
@@ -41,18 +43,18 @@ class Chain(ScalarBijection):
         self.num_parameters = sum(bijection.num_parameters for bijection in bijections)
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        total: Tensor | float = 0.0
+        log_derivatives = []
         for bijection, own in self._with_parameters(parameters):
             x, log_derivative = bijection.forward(x, own)
-            total = total + log_derivative
-        return x, total
+            log_derivatives.append(log_derivative)
+        return x, functools.reduce(torch.add, log_derivatives)
 
     def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        total: Tensor | float = 0.0
+        log_derivatives = []
         for bijection, own in reversed(list(self._with_parameters(parameters))):
             y, log_derivative = bijection.inverse(y, own)
-            total = total + log_derivative
-        return y, total
+            log_derivatives.append(log_derivative)
+        return y, functools.reduce(torch.add, log_derivatives)
 
     def _with_parameters(self, parameters: Tensor) -> Iterator[tuple[ScalarBijection, Tensor]]:
         sizes = [bijection.num_parameters for bijection in self.bijections]
