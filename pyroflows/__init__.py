@@ -4,8 +4,7 @@ from . import diagnostics, flows, transforms
 from .distributions import Flow
 from .flows import flow, register_flow
 from .guides import AutoFlow, AutoIAF, AutoMAF, AutoNICE, AutoRealNVP, AutoSpline
-from .svi import VariationalPosterior, fit, load
-from .svi.export import to_arviz
+from .svi import VariationalPosterior, fit, load, to_arviz
 
 __all__ = [
     "AutoFlow",

@@ -1,7 +1,6 @@
 """Variational inference: the fit, and what it returns."""
 
 from .fit import fit
-from .posterior import VariationalPosterior
-from .storage import load
+from .posterior import VariationalPosterior, load, to_arviz
 
-__all__ = ["VariationalPosterior", "fit", "load"]
+__all__ = ["VariationalPosterior", "fit", "load", "to_arviz"]

@@ -18,6 +18,7 @@ from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
 PARTICLES = "_pyroflows_particles"
+CHUNK = 2000  # vectors evaluated at once where there are many
 
 
 class ModelDensity:

@@ -1,4 +1,4 @@
-"""Variational results as ArviZ objects."""
+"""What a model says about draws, as the groups of an ArviZ object."""
 
 from __future__ import annotations
 
@@ -12,108 +12,50 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .density import PARTICLES, ModelDensity, is_deterministic, per_particle
-from .posterior import CHUNK, VariationalPosterior
+from .density import CHUNK, PARTICLES, ModelDensity, is_deterministic, per_particle
 
 Groups = dict[str, dict[str, np.ndarray]]
 
 
-def to_arviz(
-    result: VariationalPosterior,
-    *,
-    resample: bool = False,
-    num_prior_draws: int = 1000,
-    dims: Mapping[str, Sequence[str]] | None = None,
-    coords: Mapping[str, Sequence[Any]] | None = None,
-    seed: int = 0,
-) -> Any:
-    """Convert a variational result to ArviZ.
-
-    The result's draws are one chain of the group ``posterior``, with ``unconstrained_posterior``,
-    ``sample_stats`` (``lp``, ``log_q``, ``log_weight``, ``log_weight_psis``), ``log_likelihood``,
-    ``log_prior``, ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data`` and
-    ``constant_data`` (arguments of the model that are not observed). Dimensions are named after
-    plates. The verdict is in the attributes.
-
-    Parameters
-    ----------
-    result
-        What :func:`pyroflows.fit` returned.
-    resample
-        Whether to resample the draws by their smoothed importance weights; the weights, used up,
-        are then equal.
-    num_prior_draws
-        Number of draws from the prior.
-    dims
-        Names of the dimensions of a site, beyond those of its plates.
-    coords
-        Labels of dimensions, for instance ``{"school": names}`` for a plate called ``school``.
-    seed
-        Makes the result reproducible.
-
-    Returns
-    -------
-    arviz.InferenceData or xarray.DataTree
-        The former with ArviZ 0.x, the latter with ArviZ 1.x.
-
-    Examples
-    --------
-    >>> import pyro.distributions as dist, pyroflows as pf
-    >>> def model(data):
-    ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    ...     with pyro.plate("item", len(data)):
-    ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=data)
-    >>> guide = pf.AutoRealNVP(model, num_layers=2)
-    >>> result = pf.fit(model, guide, (torch.ones(3),), num_steps=10, progress=False)
-    >>> result.to_arviz()["log_likelihood"]["x"].dims
-    ('chain', 'draw', 'item')
-    """
-    from ..arviz import build  # imported late: importing arviz takes seconds
-
-    density = result.density
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        groups = _posterior_groups(result, resample)
-        groups.update(_prior_groups(density, num_prior_draws))
+def model_groups(density: ModelDensity, z: Tensor, num_prior_draws: int) -> Groups:
+    """Gather what a model says about posterior draws ``(S, D)``, about its prior and its data."""
+    groups = {**_posterior_groups(density, z), **_prior_groups(density, num_prior_draws)}
     groups["observed_data"] = _observed_data(density)
     groups["constant_data"] = _constant_data(density, groups["observed_data"])
-    return build(
-        groups,
-        dims={**_plate_dims(density), **(dims or {})},
-        coords=coords,
-        attrs={**result.scalars(), **_attributes(result)},
-    )
+    return groups
 
 
-def _posterior_groups(result: VariationalPosterior, resample: bool) -> Groups:
-    z = result.draws
-    stats = {
-        "lp": result.log_p,
-        "log_q": result.log_q,
-        "log_weight": result.log_weights,
-        "log_weight_psis": result.log_weights_psis,
-    }
-    if resample:
-        index = torch.multinomial(result.log_weights_psis.exp(), len(z), replacement=True)
-        z = z[index]
-        equal = torch.full_like(result.log_q, -np.log(len(z)))
-        stats = {"lp": result.log_p[index], "log_q": result.log_q[index]}
-        stats.update(log_weight=torch.zeros_like(equal), log_weight_psis=equal)
-    density = result.density
+def assemble(
+    density: ModelDensity,
+    groups: Groups,
+    attrs: Mapping[str, Any],
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+) -> Any:
+    """Build the ArviZ object, dimensions named after the model's plates unless ``dims`` does."""
+    from ..arviz import build  # imported late: importing arviz takes seconds
+
+    return build(groups, dims={**_plate_dims(density), **(dims or {})}, coords=coords, attrs=attrs)
+
+
+def as_chain(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Turn tensors ``(S, *shape)`` into arrays ``(1, S, *shape)``: one chain."""
+    return {name: _numpy(value)[np.newaxis] for name, value in values.items()}
+
+
+def _posterior_groups(density: ModelDensity, z: Tensor) -> Groups:
     without_data = poutine.uncondition(density.model)
     chunks = z.split(CHUNK)
 
     def collect(key: str, select: Callable, model: Callable | None = None) -> dict[str, np.ndarray]:
         parts = [density.collect(chunk, key, select, model) for chunk in chunks]
-        return {name: _chain(torch.cat([part[name] for part in parts])) for name in parts[0]}
+        return as_chain({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
-    latent = set(density.sites)
     return {
-        "posterior": {name: _chain(value) for name, value in result.site_values(z).items()},
-        "unconstrained_posterior": _unconstrained(density, z),
-        "sample_stats": {name: _chain(value) for name, value in stats.items()},
+        "posterior": as_chain({**density.constrain(z), **density.deterministic(z)}),
+        "unconstrained_posterior": as_chain(_unconstrained(density, z)),
         "log_likelihood": {} if density.has_enumeration else collect("log_prob", density.is_data),
-        "log_prior": collect("log_prob", lambda site: site["name"] in latent),
+        "log_prior": collect("log_prob", lambda site: site["name"] in density.sites),
         "posterior_predictive": collect("value", density.is_data, without_data),
     }
 
@@ -134,26 +76,26 @@ def _prior_groups(density: ModelDensity, num_draws: int) -> Groups:
 
     def values(names: list[str]) -> dict[str, np.ndarray]:
         size = num_draws // runs
-        return {
-            name: _chain(
-                torch.cat(
+        return as_chain(
+            {
+                name: torch.cat(
                     [
                         per_particle(t.nodes[name]["value"], size, prototype[name]["value"])
                         for t in traces
                     ]
                 )
-            )
-            for name in names
-        }
+                for name in names
+            }
+        )
 
     return {"prior": values(latent), "prior_predictive": values(observed)}
 
 
-def _unconstrained(density: ModelDensity, z: Tensor) -> dict[str, np.ndarray]:
+def _unconstrained(density: ModelDensity, z: Tensor) -> dict[str, Tensor]:
     shapes = density.guide._unconstrained_shapes
     sizes = [shape.numel() for shape in shapes.values()]
     parts = zip(shapes.items(), z.split(sizes, -1), strict=True)
-    return {name: _chain(part.reshape(len(z), *shape)) for (name, shape), part in parts}
+    return {name: part.reshape(len(z), *shape) for (name, shape), part in parts}
 
 
 def _observed_data(density: ModelDensity) -> dict[str, np.ndarray]:
@@ -196,22 +138,6 @@ def _plate_dims(density: ModelDensity) -> dict[str, list[str]]:
             for i in range(len(shape))
         ]
     return dims
-
-
-def _attributes(result: VariationalPosterior) -> dict[str, Any]:
-    guide = result.guide
-    return {
-        "pareto_k": result.khat,
-        "verdict": result.verdict,
-        "method": type(guide).__name__,
-        "flow": str(getattr(guide, "flow", "")),
-        "num_steps": len(result.losses),
-        "inference_library": "pyroflows",
-    }
-
-
-def _chain(value: Tensor) -> np.ndarray:
-    return _numpy(value)[np.newaxis]
 
 
 def _numpy(value: Tensor) -> np.ndarray:

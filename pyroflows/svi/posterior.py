@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..diagnostics import effective_sample_size, log_evidence, psis
 from ..distributions import Flow
-from .density import ModelDensity
+from .density import CHUNK, ModelDensity
+from .export import as_chain, assemble, model_groups
+from .storage import read, write
+from .summary import describe
 
-if TYPE_CHECKING:
-    import arviz as az
-
-CHUNK = 2000  # draws evaluated at once
+STORED_TENSORS = ("losses", "draws", "log_p", "log_q")
 KHAT_GOOD, KHAT_USABLE = 0.5, 0.7
 
 
@@ -184,13 +184,7 @@ class VariationalPosterior:
             quantiles of the guide's draws, then the mean and standard deviation of the weighted
             draws. The verdict is in ``attrs``.
         """
-        weights = self.log_weights_psis.exp()
-        rows = {}
-        for name, value in self.site_values(self.draws).items():
-            flat = value.double().reshape(len(value), -1)
-            for i, index in enumerate(_indices(value.shape[1:])):
-                rows[name + index] = _describe(flat[:, i], weights)
-        table = pd.DataFrame.from_dict(rows, orient="index")
+        table = describe(self.site_values(self.draws), self.log_weights_psis.exp())
         table.attrs.update(self.scalars(), verdict=self.verdict)
         return table
 
@@ -223,15 +217,91 @@ class VariationalPosterior:
         ValueError
             If ``path`` cannot be written.
         """
-        from .storage import save
+        tensors = {name: getattr(self, name) for name in STORED_TENSORS}
+        write(path, self.guide, self.density.args, self.density.kwargs, tensors)
 
-        save(self, path)
+    def to_arviz(
+        self,
+        *,
+        resample: bool = False,
+        num_prior_draws: int = 1000,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        coords: Mapping[str, Sequence[Any]] | None = None,
+        seed: int = 0,
+    ) -> Any:
+        """Convert to ArviZ.
 
-    def to_arviz(self, **options: Any) -> az.InferenceData:
-        """Convert to ArviZ, see :func:`pyroflows.to_arviz`."""
-        from .export import to_arviz
+        The draws are one chain of the group ``posterior``, with ``unconstrained_posterior``,
+        ``sample_stats`` (``lp``, ``log_q``, ``log_weight``, ``log_weight_psis``),
+        ``log_likelihood``, ``log_prior``, ``posterior_predictive``, ``prior``,
+        ``prior_predictive``, ``observed_data`` and ``constant_data`` (arguments of the model that
+        are not observed). Dimensions are named after plates. The verdict is in the attributes.
 
-        return to_arviz(self, **options)
+        Parameters
+        ----------
+        resample
+            Whether to resample the draws by their smoothed importance weights; the weights, used
+            up, are then equal.
+        num_prior_draws
+            Number of draws from the prior.
+        dims
+            Names of the dimensions of a site, instead of those of its plates.
+        coords
+            Labels of dimensions, for instance ``{"school": names}`` for a plate called ``school``.
+        seed
+            Makes the result reproducible.
+
+        Returns
+        -------
+        arviz.InferenceData or xarray.DataTree
+            The former with ArviZ 0.x, the latter with ArviZ 1.x.
+
+        Examples
+        --------
+        >>> import pyro, pyro.distributions as dist, pyroflows as pf
+        >>> def model(data):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("item", len(data)):
+        ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=data)
+        >>> guide = pf.AutoRealNVP(model, num_layers=2)
+        >>> result = pf.fit(model, guide, (torch.ones(3),), num_steps=10, progress=False)
+        >>> result.to_arviz()["log_likelihood"]["x"].dims
+        ('chain', 'draw', 'item')
+        """
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            stats = {
+                "lp": self.log_p,
+                "log_q": self.log_q,
+                "log_weight": self.log_weights,
+                "log_weight_psis": self.log_weights_psis,
+            }
+            draws = self.draws
+            if resample:
+                weights = self.log_weights_psis.exp()
+                index = torch.multinomial(weights, len(draws), replacement=True)
+                draws, stats = draws[index], {name: stats[name][index] for name in ("lp", "log_q")}
+                stats["log_weight"] = torch.zeros_like(weights)
+                stats["log_weight_psis"] = torch.full_like(weights, -math.log(len(weights)))
+            groups = model_groups(self.density, draws, num_prior_draws)
+        return assemble(
+            self.density,
+            {**groups, "sample_stats": as_chain(stats)},
+            attrs=self._attributes(),
+            dims=dims,
+            coords=coords,
+        )
+
+    def _attributes(self) -> dict[str, Any]:
+        return {
+            **self.scalars(),
+            "pareto_k": self.khat,
+            "verdict": self.verdict,
+            "method": type(self.guide).__name__,
+            "flow": str(getattr(self.guide, "flow", "")),
+            "num_steps": len(self.losses),
+            "inference_library": "pyroflows",
+        }
 
     def _posterior(self) -> torch.distributions.Distribution:
         return self.guide.get_posterior(*self.density.args, **self.density.kwargs)
@@ -242,6 +312,62 @@ class VariationalPosterior:
             f"elbo={self.elbo:.3f}, log_evidence={self.log_evidence:.3f}, khat={self.khat:.2f}, "
             f"ess={self.ess:.0f} of {len(self.draws)})"
         )
+
+
+def load(path: str | Path, model: Callable) -> VariationalPosterior:
+    """Read a result written by :meth:`VariationalPosterior.save`.
+
+    The file holds no code and loading it runs none but the model's.
+
+    Parameters
+    ----------
+    path
+        The file.
+    model
+        The Pyro model the result belongs to.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read, is not such a result, or belongs to another model.
+
+    Examples
+    --------
+    >>> import pyro, pyro.distributions as dist, pyroflows as pf, tempfile
+    >>> def model():
+    ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+    >>> result = pf.fit(model, pf.AutoRealNVP(model, num_layers=2), num_steps=10, progress=False)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result.save(f"{folder}/result.safetensors")
+    ...     again = pf.load(f"{folder}/result.safetensors", model)
+    >>> again.elbo == result.elbo
+    True
+    """
+    stored = read(path, model)
+    try:
+        with torch.random.fork_rng():
+            density = ModelDensity(model, stored.guide, stored.args, stored.kwargs)
+        stored.guide.load_state_dict(stored.weights)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"path {str(path)!r} holds the result of another model: {error}"
+        ) from error
+    return VariationalPosterior(density, *(stored.tensors[name] for name in STORED_TENSORS))
+
+
+def to_arviz(result: VariationalPosterior, **options: Any) -> Any:
+    """Convert a result to ArviZ; see :meth:`VariationalPosterior.to_arviz` for the options.
+
+    Examples
+    --------
+    >>> import pyro, pyro.distributions as dist, pyroflows as pf
+    >>> def model():
+    ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+    >>> result = pf.fit(model, pf.AutoRealNVP(model, num_layers=2), num_steps=10, progress=False)
+    >>> to_arviz(result)["posterior"]["x"].shape
+    (1, 10000)
+    """
+    return result.to_arviz(**options)
 
 
 @torch.no_grad()
@@ -261,25 +387,3 @@ def _draw(density: ModelDensity, num_draws: int) -> tuple[Tensor, Tensor]:
         return posterior.rsample_and_log_prob((num_draws,))
     z = posterior.sample((num_draws,))
     return z, posterior.log_prob(z)
-
-
-def _indices(shape: torch.Size) -> list[str]:
-    if not shape:
-        return [""]
-    grid = torch.cartesian_prod(*(torch.arange(size) for size in shape)).reshape(-1, len(shape))
-    return [f"[{', '.join(map(str, index))}]" for index in grid.tolist()]
-
-
-def _describe(draws: Tensor, weights: Tensor) -> dict[str, float]:
-    q05, q50, q95 = draws.quantile(draws.new_tensor([0.05, 0.5, 0.95])).tolist()
-    weighted_mean = weights @ draws
-    weighted_sd = (weights @ (draws - weighted_mean).square()).sqrt()
-    return {
-        "mean": draws.mean().item(),
-        "sd": draws.std().item(),
-        "q05": q05,
-        "median": q50,
-        "q95": q95,
-        "weighted_mean": weighted_mean.item(),
-        "weighted_sd": weighted_sd.item(),
-    }

@@ -6,19 +6,18 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal
+from pyro.infer.autoguide import AutoContinuous, AutoDiagonalNormal, AutoMultivariateNormal
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import guides
-from .density import ModelDensity
-from .posterior import VariationalPosterior
 
 FORMAT = "pyroflows.VariationalPosterior/1"
 
@@ -34,23 +33,32 @@ _GUIDES = {
         AutoMultivariateNormal,
     )
 }
-_RESULT_TENSORS = ("losses", "draws", "log_p", "log_q")
 
 
-def save(result: VariationalPosterior, path: str | Path) -> None:
-    """Write a result to a file, replacing it at once or not at all."""
-    tensors: dict[str, Tensor] = {name: getattr(result, name) for name in _RESULT_TENSORS}
-    tensors.update({f"guide.{k}": v for k, v in result.guide.state_dict().items()})
+def write(
+    path: str | Path, guide: AutoContinuous, args: Any, kwargs: Any, tensors: Mapping[str, Tensor]
+) -> None:
+    """Write a guide, the model's arguments and tensors to a file, at once or not at all.
+
+    Raises
+    ------
+    TypeError
+        If the guide or an argument cannot be written as tensors and JSON.
+    ValueError
+        If ``path`` cannot be written.
+    """
+    content = dict(tensors)
+    content.update({f"guide.{name}": value for name, value in guide.state_dict().items()})
     metadata = {
-        "guide": _describe_guide(result.guide),
-        "args": _encode(result.density.args, "args", tensors),
-        "kwargs": _encode(result.density.kwargs, "kwargs", tensors),
+        "guide": _describe_guide(guide),
+        "args": _encode(args, "args", content),
+        "kwargs": _encode(kwargs, "kwargs", content),
     }
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
     try:
         save_file(
-            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+            {name: value.detach().cpu().contiguous().clone() for name, value in content.items()},
             temporary,
             metadata={"format": FORMAT, "json": json.dumps(metadata)},
         )
@@ -59,52 +67,25 @@ def save(result: VariationalPosterior, path: str | Path) -> None:
         raise ValueError(f"path {str(path)!r} cannot be written: {error}") from error
 
 
-def load(path: str | Path, model: Callable) -> VariationalPosterior:
-    """Read a result written by :meth:`VariationalPosterior.save`.
+@dataclass(frozen=True)
+class Stored:
+    """Hold what a file contains: the guide, not set up yet, its weights, arguments, tensors."""
 
-    The file holds no code and loading it runs none but the model's.
+    guide: AutoContinuous
+    weights: dict[str, Tensor]
+    args: tuple
+    kwargs: dict[str, Any]
+    tensors: dict[str, Tensor]
 
-    Parameters
-    ----------
-    path
-        The file.
-    model
-        The Pyro model the result belongs to.
+
+def read(path: str | Path, model: Callable) -> Stored:
+    """Read a file written by :func:`write`; no code in it is executed, for there is none.
 
     Raises
     ------
     ValueError
-        If the file cannot be read, is not such a result, or belongs to another model.
-
-    Examples
-    --------
-    >>> import pyro, pyro.distributions as dist, pyroflows as pf, tempfile
-    >>> def model():
-    ...     pyro.sample("x", dist.Normal(0.0, 1.0))
-    >>> result = pf.fit(model, pf.AutoRealNVP(model, num_layers=2), num_steps=10, progress=False)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     result.save(f"{folder}/result.safetensors")
-    ...     again = pf.load(f"{folder}/result.safetensors", model)
-    >>> again.elbo == result.elbo
-    True
+        If the file cannot be read or holds something else.
     """
-    tensors, metadata = _read(path)
-    args = _decode(metadata["args"], tensors)
-    kwargs = _decode(metadata["kwargs"], tensors)
-    guide = _build_guide(metadata["guide"], model)
-    state = {k.removeprefix("guide."): v for k, v in tensors.items() if k.startswith("guide.")}
-    with torch.random.fork_rng():
-        density = ModelDensity(model, guide, args, kwargs)
-    try:
-        guide.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"path {str(path)!r} holds the result of another model: {error}"
-        ) from error
-    return VariationalPosterior(density, *(tensors[name] for name in _RESULT_TENSORS))
-
-
-def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -115,7 +96,15 @@ def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(
             f"path {str(path)!r} must hold a {FORMAT}, got format {metadata.get('format')!r}"
         )
-    return tensors, json.loads(metadata["json"])
+    content = json.loads(metadata["json"])
+    weights = {k.removeprefix("guide."): v for k, v in tensors.items() if k.startswith("guide.")}
+    return Stored(
+        _build_guide(content["guide"], model),
+        weights,
+        _decode(content["args"], tensors),
+        _decode(content["kwargs"], tensors),
+        tensors,
+    )
 
 
 def _describe_guide(guide: nn.Module) -> dict[str, Any]:

@@ -66,7 +66,8 @@ def fit_gaussian(log_density: LogDensity, start: Gaussian, seed: int = 0) -> Gau
     """
     dim = start.loc.shape[0]
     num_draws = max(MIN_DRAWS, NUM_DRAWS_PER_DIMENSION * dim)
-    noise, fresh = _normal_draws(2 * num_draws, dim, seed).to(start.loc).chunk(2)
+    noise = _normal_draws(num_draws, dim, seed).to(start.loc)
+    fresh = _normal_draws(num_draws, dim, seed + 1).to(start.loc)
     starts = [start, start.resized(torch.ones_like(start.loc[0]))]
     if start.scale.dim() == 2 and (laplace := _laplace(log_density, start.loc)) is not None:
         starts.append(laplace)
@@ -81,13 +82,14 @@ def _multiply(scale: Tensor, columns: Tensor) -> Tensor:
 
 
 def _normal_draws(count: int, dim: int, seed: int) -> Tensor:
-    """Return quasi-random standard normal vectors, shuffled so that halves are alike."""
-    generator = torch.Generator().manual_seed(seed)
+    """Return quasi-random vectors of mean 0 and covariance 1, which make normal targets exact."""
     uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(
         count, dtype=torch.float64
     )
-    uniform = uniform[torch.randperm(count, generator=generator)]
-    return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
+    draws = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
+    draws = draws - draws.mean(0)
+    factor = torch.linalg.cholesky(draws.T @ draws / count)
+    return torch.linalg.solve_triangular(factor, draws.T, upper=False).T
 
 
 def _maximise_elbo(log_density: LogDensity, start: Gaussian, noise: Tensor) -> Gaussian:

@@ -7,8 +7,9 @@ from .autoregressive import (
     conditional_spline_autoregressive,
     spline_autoregressive,
 )
-from .base import Compose, Conditioned, FlowTransform, Inverse
+from .base import Conditioned, FlowTransform, Inverse
 from .chain import Chain
+from .compose import Compose
 from .coupling import (
     Coupling,
     additive_coupling,

@@ -99,21 +99,22 @@ class Spline(ScalarBijection):
     def _find_bin(self, value: Tensor, parameters: Tensor, search: int) -> _Bin:
         """Select the bin in which each value lies, along x (``search=0``) or y (``search=1``)."""
         K = self.bins
-        corners = torch.stack([self._knots(parameters[:K]), self._knots(parameters[K : 2 * K])])
-        index = (value >= corners[search, 1:-1]).sum(0)
+        shares = parameters[: 2 * K].unflatten(0, (2, K)).softmax(1)
+        totals = shares[:, :-1].cumsum(1)
+        inner = torch.arange(1, K, device=value.device).view(-1, *[1] * value.dim())
+        index = (value >= self._positions(totals[search], inner)).sum(0)
         index = torch.stack([index, index + 1])
-        corners = corners.gather(1, index.expand(2, *index.shape))
-        raw_slopes = F.pad(parameters[2 * K :], (0, 0) * value.dim() + (1, 1))
-        slopes = self._slopes(raw_slopes.gather(0, index))
-        (x_left, x_right), (y_left, y_right) = corners.unbind(0)
-        return _Bin(x_left, x_right - x_left, y_left, y_right - y_left, slopes[0], slopes[1])
+        # Everything is looked up first and computed after, for two knots instead of all of them.
+        zero, one = torch.zeros_like(parameters[:1]), torch.ones_like(parameters[:1])
+        knots = [zero, totals[0], one, zero, totals[1], one, zero, parameters[2 * K :], zero]
+        knots = torch.cat(knots).unflatten(0, (3, K + 1)).gather(1, index.expand(3, *index.shape))
+        x, y = self._positions(knots[:2], index).unbind(0)
+        return _Bin(x[0], x[1] - x[0], y[0], y[1] - y[0], *self._slopes(knots[2]).unbind(0))
 
-    def _knots(self, raw: Tensor) -> Tensor:
-        size = torch.softmax(raw, 0)
-        size = 2 * self.bound * (self.min_bin_size + (1 - self.min_bin_size * self.bins) * size)
-        inner = size[:-1].cumsum(0) - self.bound
-        end = torch.full_like(inner[:1], self.bound)
-        return torch.cat([-end, inner, end])
+    def _positions(self, total: Tensor, index: Tensor) -> Tensor:
+        """Place knots, given by their index and the total share of the bins before them."""
+        bound, smallest = self.bound, 2 * self.bound * self.min_bin_size
+        return torch.add(smallest * index - bound, total, alpha=2 * bound - smallest * self.bins)
 
     def _slopes(self, raw: Tensor) -> Tensor:
         # The offset makes a raw value of zero a slope of one.
@@ -121,41 +122,40 @@ class Spline(ScalarBijection):
         return F.softplus(raw + offset) + self.min_slope
 
 
-@dataclass(frozen=True)
 class _Bin:
     """One piece of a rational-quadratic spline per number."""
 
-    x: Tensor
-    width: Tensor
-    y: Tensor
-    height: Tensor
-    left_slope: Tensor
-    right_slope: Tensor
+    def __init__(
+        self,
+        x: Tensor,
+        width: Tensor,
+        y: Tensor,
+        height: Tensor,
+        left_slope: Tensor,
+        right_slope: Tensor,
+    ) -> None:
+        self.x, self.width, self.y, self.height = x, width, y, height
+        self.left_slope, self.right_slope = left_slope, right_slope
+        self.slope = height / width
+        self.excess = torch.sub(left_slope + right_slope, self.slope, alpha=2)
 
     def evaluate(self, xi: Tensor) -> tuple[Tensor, Tensor]:
         """Return the spline's value and log-slope at relative position ``xi`` in [0, 1]."""
-        slope = self.height / self.width
-        excess = self.left_slope + self.right_slope - 2 * slope
         one_minus_xi = 1 - xi
-        mixed = xi * one_minus_xi
-        denominator = slope + excess * mixed
-        rise = xi * (slope * xi + self.left_slope * one_minus_xi)
-        y = self.y + self.height * rise / denominator
-        numerator = (
-            self.right_slope * xi.square()
-            + 2 * slope * mixed
-            + self.left_slope * one_minus_xi.square()
-        )
-        return y, (numerator * (slope / denominator).square()).log()
+        bend = self.excess * (xi * one_minus_xi)
+        denominator = self.slope + bend
+        rise = xi * torch.addcmul(self.slope * xi, self.left_slope, one_minus_xi)
+        y = torch.addcdiv(self.y, self.height * rise, denominator)
+        numerator = torch.lerp(self.left_slope, self.right_slope, xi) - bend
+        return y, (numerator * (self.slope / denominator).square()).log()
 
     def solve(self, y: Tensor) -> Tensor:
         """Return the relative position at which the spline takes the value ``y``."""
-        slope = self.height / self.width
         rise = y - self.y
-        excess = rise * (self.left_slope + self.right_slope - 2 * slope)
-        a = self.height * (slope - self.left_slope) + excess
-        b = self.height * self.left_slope - excess
-        c = -slope * rise
+        lift = rise * self.excess
+        a = torch.addcmul(lift, self.height, self.slope - self.left_slope)
+        b = torch.addcmul(lift, self.height, self.left_slope, value=-1)  # with the sign turned
+        c = self.slope * rise
         # This form of the root has no cancellation; the discriminant is >= 0 but for rounding.
-        discriminant = (b.square() - 4 * a * c).clamp(min=0)
-        return 2 * c / (-b - discriminant.sqrt())
+        discriminant = torch.addcmul(b.square(), a, c, value=4).clamp(min=0)
+        return 2 * c / (discriminant.sqrt() - b)
