@@ -70,10 +70,11 @@ def latent_vectors(density: ModelDensity, count: int, scale: float = 0.5, seed: 
     return start + scale * torch.randn(count, len(start), generator=generator).to(start)
 
 
-def log_normal(x: Tensor, mean: Tensor | float, sd: Tensor | float) -> Tensor:
+def log_normal(x: Tensor | float, mean: Tensor | float, sd: Tensor | float) -> Tensor:
     """Return the log-density of a normal distribution, written out."""
-    sd = torch.as_tensor(sd)
-    return -0.5 * ((x - mean) / sd).square() - sd.log() - 0.5 * math.log(2 * math.pi)
+    log_sd = sd.log() if isinstance(sd, Tensor) else math.log(sd)
+    standardised = (x - mean) / sd
+    return -0.5 * standardised * standardised - log_sd - 0.5 * math.log(2 * math.pi)
 
 
 # A normal mean: posterior and evidence in closed form.
@@ -142,7 +143,7 @@ def with_supports(*names: str) -> Callable[[], None]:
 # Plates.
 
 
-def groups(y: Tensor) -> None:
+def groups(y: Tensor, observe: bool = True) -> None:
     """Model a table by effects of its rows, dim -2, and its columns, dim -1."""
     scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
     rows = pyro.plate("row", y.shape[0], dim=-2)
@@ -153,7 +154,7 @@ def groups(y: Tensor) -> None:
         column_effect = pyro.sample("column_effect", dist.Normal(0.0, 1.0))
     with rows, columns:
         effect = pyro.deterministic("effect", row_effect + column_effect)
-        pyro.sample("y", dist.Normal(effect, 1.0), obs=y)
+        pyro.sample("y", dist.Normal(effect, 1.0), obs=y if observe else None)
 
 
 def groups_log_joint(values: dict[str, Tensor], y: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ def mixture(y: Tensor) -> None:
     means = pyro.sample("means", dist.Normal(torch.tensor([-1.0, 1.0]), 1.0).to_event(1))
     with pyro.plate("item", len(y)):
         member = pyro.sample("member", dist.Bernoulli(weight))
-        mean = torch.where(member == 1, means[..., 1:], means[..., :1])
+        mean = torch.where(member == 1, means[..., 1], means[..., 0])
         pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
 
 

@@ -215,11 +215,13 @@ class ModelDensity:
             program = poutine.enum(program, first_available_dim=-2 - self.plate_nesting)
         if vectorized:
             program = pyro.plate(PARTICLES, z.shape[0], dim=-1 - nesting)(program)
-        # Far from the posterior a density may be NaN, which optimisers handle; Pyro would raise.
-        with poutine.block(), pyro.validation_enabled(False):
+        # Far from the posterior a density may be NaN, which our callers handle; Pyro would raise
+        # or warn.
+        with poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Encountered ", UserWarning)
             trace = poutine.trace(program).get_trace(*self.args, **self.kwargs)
-        trace = prune_subsample_sites(trace)
-        trace.compute_log_prob()
+            trace = prune_subsample_sites(trace)
+            trace.compute_log_prob()
         return trace
 
     def _unpack(self, z: Tensor, nesting: int) -> Any:

@@ -98,23 +98,25 @@ class Spline(ScalarBijection):
 
     def _find_bin(self, value: Tensor, parameters: Tensor, search: int) -> _Bin:
         """Select the bin in which each value lies, along x (``search=0``) or y (``search=1``)."""
+        # Only the search needs all knots, and no gradients. The bin's own are computed from what
+        # lies before it; `split` and `unbind` because gradients of indices fill whole tensors.
         K = self.bins
-        shares = parameters[: 2 * K].unflatten(0, (2, K)).softmax(1)
-        totals = shares[:, :-1].cumsum(1)
-        inner = torch.arange(1, K, device=value.device).view(-1, *[1] * value.dim())
-        index = (value >= self._positions(totals[search], inner)).sum(0)
-        index = torch.stack([index, index + 1])
-        # Everything is looked up first and computed after, for two knots instead of all of them.
-        zero, one = torch.zeros_like(parameters[:1]), torch.ones_like(parameters[:1])
-        knots = [zero, totals[0], one, zero, totals[1], one, zero, parameters[2 * K :], zero]
-        knots = torch.cat(knots).unflatten(0, (3, K + 1)).gather(1, index.expand(3, *index.shape))
-        x, y = self._positions(knots[:2], index).unbind(0)
-        return _Bin(x[0], x[1] - x[0], y[0], y[1] - y[0], *self._slopes(knots[2]).unbind(0))
+        raw_sizes, raw_slopes = parameters.split([2 * K, K - 1])
+        sizes = self._sizes(raw_sizes.unflatten(0, (2, K)))
+        passed = value >= sizes.detach()[search, :-1].cumsum(0) - self.bound
+        index = passed.sum(0, keepdim=True)
+        before, _ = sizes.split([K - 1, 1], dim=1)
+        x, y = (torch.where(passed, before, 0.0).sum(1) - self.bound).unbind(0)
+        width, height = sizes.gather(1, index.expand(2, *index.shape)).squeeze(1).unbind(0)
+        end = torch.zeros_like(raw_slopes[:1])
+        slopes = torch.cat([end, raw_slopes, end]).gather(0, torch.cat([index, index + 1]))
+        return _Bin(x, width, y, height, *self._slopes(slopes).unbind(0))
 
-    def _positions(self, total: Tensor, index: Tensor) -> Tensor:
-        """Place knots, given by their index and the total share of the bins before them."""
-        bound, smallest = self.bound, 2 * self.bound * self.min_bin_size
-        return torch.add(smallest * index - bound, total, alpha=2 * bound - smallest * self.bins)
+    def _sizes(self, raw: Tensor) -> Tensor:
+        """Return the widths and the heights of all bins."""
+        smallest = 2 * self.bound * self.min_bin_size
+        scale = 2 * self.bound - smallest * self.bins
+        return raw.softmax(1) * scale + smallest
 
     def _slopes(self, raw: Tensor) -> Tensor:
         # The offset makes a raw value of zero a slope of one.
