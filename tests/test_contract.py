@@ -105,6 +105,16 @@ def test_log_det_is_that_of_the_jacobian(exact: Case) -> None:
             assert error.abs().max() <= LOG_DET[dtype], (dtype, noise, direction)
 
 
+def test_the_jacobian_of_the_inverse_is_the_inverse_jacobian(case: Case) -> None:
+    flow, x = case.bound(noise=0.5), case.inputs(10, scale=1.0).requires_grad_()
+    y, _ = flow.forward_and_log_det(x)
+    image = y.detach().requires_grad_()
+    back, _ = flow.inverse_and_log_det(image)
+    product = jacobian(back, image) @ jacobian(y, x)
+    expected = torch.eye(case.input_dim).double().expand_as(product)
+    torch.testing.assert_close(product, expected, rtol=0, atol=1e-8)
+
+
 def test_log_det_of_the_inverse_is_minus_that_of_forward(exact: Case) -> None:
     for dtype, noise in SETTINGS:
         flow = exact.bound(dtype, noise)
