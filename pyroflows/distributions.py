@@ -79,14 +79,14 @@ class Flow(dist.TransformedDistribution):
 
         Takes one inverse pass, and none for the very tensor that was sampled last.
         """
-        if self._validate_args:
+        if self._validate_args and value.numel():  # torch cannot check an empty batch
             self._validate_sample(value)
         memory = self.transform.recall(y=value)
         if memory is None:
             x, log_det = self.transform.inverse_and_log_det(value)
         else:
             x, log_det = memory.x, -memory.log_det
-        return self.base_dist.log_prob(x) + log_det
+        return self._base_log_prob(x) + log_det
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Return samples and their log-density in one forward pass, both differentiable.
@@ -99,7 +99,12 @@ class Flow(dist.TransformedDistribution):
         """
         z = self.base_dist.rsample(torch.Size(sample_shape))
         x, log_det = self.transform.forward_and_log_det(z)
-        return x, self.base_dist.log_prob(z) - log_det
+        return x, self._base_log_prob(z) - log_det
+
+    def _base_log_prob(self, z: Tensor) -> Tensor:
+        if not z.numel():  # torch cannot sum over the events of an empty batch
+            return z.new_zeros(z.shape[: z.dim() - len(self.event_shape)])
+        return self.base_dist.log_prob(z)
 
 
 def standard_normal(like: Tensor) -> dist.Distribution:

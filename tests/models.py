@@ -112,7 +112,9 @@ def gaussian() -> None:
     b = pyro.sample("b", Flat(constraints.real_vector, (), (2,)))
     x = torch.cat([a.unsqueeze(-1), b.expand(*a.shape, 2)], -1)
     factor = GAUSSIAN_FACTOR.to(x)
-    pyro.factor("energy", dist.MultivariateNormal(GAUSSIAN_MEAN.to(x), scale_tril=factor).log_prob(x))
+    pyro.factor(
+        "energy", dist.MultivariateNormal(GAUSSIAN_MEAN.to(x), scale_tril=factor).log_prob(x)
+    )
 
 
 # One site for each kind of support.

@@ -81,9 +81,7 @@ def test_fit_starts_from_the_evidence_of_an_ill_conditioned_gaussian() -> None:
     torch.set_default_dtype(torch.float64)
     target = exact.ill_conditioned_gaussian()
     guide = realnvp(target.model)
-    result = pf.fit(
-        target.model, guide, target.args, num_steps=1, num_draws=1000, progress=False
-    )
+    result = pf.fit(target.model, guide, target.args, num_steps=1, num_draws=1000, progress=False)
     assert result.log_evidence == pytest.approx(target.log_evidence, abs=1e-2)
     assert result.elbo == pytest.approx(target.log_evidence, abs=5e-2)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mlp import activate, in_place, check_hidden_dims, features_first_linear, start_near_zero
+from .mlp import activate, check_hidden_dims, features_first_linear, in_place, start_near_zero
 
+# With the block's own units, 8 steps keep the small products as cheap as their overhead.
 _STEPS_PER_BLOCK = 8
 
 
@@ -49,6 +51,10 @@ class MaskedMLP(nn.Module):
     torch.Size([7, 8])
     """
 
+    order: Tensor
+    rank: Tensor
+    output_mask: Tensor
+
     def __init__(
         self,
         input_dim: int,
@@ -75,9 +81,7 @@ class MaskedMLP(nn.Module):
         self.register_buffer("order", torch.tensor(order), persistent=False)
         self.register_buffer("rank", torch.tensor(rank), persistent=False)
         sizes = [input_dim, *hidden_dims]
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)
-        )
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
         self.context = nn.Linear(context_dim, hidden_dims[0], bias=False) if context_dim else None
         self.output = nn.Linear(hidden_dims[-1], num_parameters * input_dim)
         self.activation = activation()
@@ -92,12 +96,14 @@ class MaskedMLP(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Return parameters ``(*batch, P * D)``, plane by plane, laid out features first."""
         hidden = x
-        for i, layer in enumerate(self.layers):
-            hidden = F.linear(hidden, layer.weight * getattr(self, f"mask_{i}"), layer.bias)
+        for i, (layer, mask) in enumerate(self._masked_layers()):
+            hidden = F.linear(hidden, layer.weight * mask, layer.bias)
             if i == 0 and self.context is not None:
                 hidden = hidden + self.context(context)
             hidden = activate(self.activation, hidden)
-        return features_first_linear(hidden, self.output.weight * self.output_mask, self.output.bias)
+        return features_first_linear(
+            hidden, self.output.weight * self.output_mask, self.output.bias
+        )
 
     def fill_in(
         self,
@@ -146,7 +152,7 @@ class MaskedMLP(nn.Module):
         # What earlier blocks of steps contribute comes in one product per block, because products
         # of few rows spend their time on reading; tensors are cut into the pieces of a block's
         # steps at once, because slices cost as much as arithmetic. Masks hide what is not known.
-        activate = in_place(self.activation)
+        apply_activation = in_place(self.activation)
         weights = self._weights_by_rank()
         x, outputs = values[0], values[-1]
         parameters = outputs.view(self.input_dim, self.num_parameters, -1).transpose(0, 1)
@@ -164,7 +170,7 @@ class MaskedMLP(nn.Module):
             pieces.append(parameters[:, ranks].split(sizes, dim=1))
             for step, (solution, target, planes) in enumerate(zip(*pieces)):
                 for new, weight, seen in hidden:
-                    activate(new[step].addmm_(weight[step], seen))
+                    apply_activation(new[step].addmm_(weight[step], seen))
                 new_outputs[step].addmm_(output_weights[step], last_hidden)
                 solved, log_derivative = solve(target, planes)
                 solution.copy_(solved)
@@ -173,26 +179,30 @@ class MaskedMLP(nn.Module):
 
     def _weights_by_rank(self) -> list[Tensor]:
         """Return masked weights, entries by rank and all parameters of an entry together."""
-        weights = [layer.weight * getattr(self, f"mask_{i}") for i, layer in enumerate(self.layers)]
-        weights[0] = weights[0].index_select(1, self.order)
-        return [*weights, self._outputs_by_rank(self.output.weight * self.output_mask)]
+        first, *others = [layer.weight * mask for layer, mask in self._masked_layers()]
+        output = self._outputs_by_rank(self.output.weight * self.output_mask)
+        return [first.index_select(1, self.order), *others, output]
 
     def _memory(self, batch: int, context: Tensor | None) -> list[Tensor]:
         """Return memory for inputs, hidden units and outputs, the latter two filled with biases."""
-        biases = [layer.bias.unsqueeze(-1) for layer in self.layers]
+        biases = [layer.bias.unsqueeze(-1) for layer, _ in self._masked_layers()]
         if self.context is not None:
             biases[0] = biases[0] + self.context(context).T
         biases.append(self._outputs_by_rank(self.output.bias.unsqueeze(-1)))
         x = biases[-1].new_zeros(self.input_dim, batch)
         return [x, *(bias.new_empty(len(bias), batch).copy_(bias) for bias in biases)]
 
+    def _masked_layers(self) -> Iterator[tuple[Any, Tensor]]:
+        for i, layer in enumerate(self.layers):
+            yield layer, getattr(self, f"mask_{i}")
+
     def _outputs_by_rank(self, rows: Tensor) -> Tensor:
         planes = rows.unflatten(0, (self.num_parameters, self.input_dim))
         return planes.transpose(0, 1).index_select(0, self.order).flatten(0, 1)
 
 
-def _steps(degrees: list[list[int]], input_dim: int, num_parameters: int) -> list[list[list[int]]]:
-    """Divide the work into steps that fill in as many ranks as no further hidden unit is needed for.
+def _steps(degrees: list[list[int]], input_dim: int, num_parameters: int) -> list[list[int]]:
+    """Divide the work into steps, each over as many ranks as the same hidden units suffice for.
 
     Returns for inputs, hidden layers and outputs how many of them each step adds.
     """
@@ -205,11 +215,11 @@ def _steps(degrees: list[list[int]], input_dim: int, num_parameters: int) -> lis
 
 
 def _blocks(steps: list[list[int]]) -> list[list[tuple[slice, list[int]]]]:
-    """Gather steps in blocks; a block holds, level by level, its slice and the sizes of its steps."""
+    """Gather steps in blocks; a block holds for each layer its slice and the sizes of its steps."""
     blocks = []
     starts = [0] * len(steps)
     for first in range(0, len(steps[0]), _STEPS_PER_BLOCK):
-        sizes = [level[first : first + _STEPS_PER_BLOCK] for level in steps]
+        sizes = [layer[first : first + _STEPS_PER_BLOCK] for layer in steps]
         stops = [start + sum(size) for start, size in zip(starts, sizes)]
         blocks.append([(slice(*bounds), size) for *bounds, size in zip(starts, stops, sizes)])
         starts = stops

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..nn import MaskedMLP
 from .base import FlowTransform
 from .coupling import check_order
-from .layout import batch_first, entries_first, parameter_planes
+from .layout import batch_first, entries_first, parameter_planes, sum_entries
 from .scalar import Affine, ScalarBijection
 from .spline import Spline
 
@@ -82,20 +82,30 @@ class Autoregressive(FlowTransform):
             input_dim, bijection.num_parameters, hidden_dims, context_dim, order, activation
         )
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         batch_shape = x.shape[:-1]
-        y, log_derivative = self.bijection.forward(entries_first(x), self._parameters_of(x, context))
-        return batch_first(y, batch_shape), log_derivative.sum(0).reshape(batch_shape)
+        y, log_derivative = self.bijection.forward(
+            entries_first(x), self._parameters_of(x, context)
+        )
+        return batch_first(y, batch_shape), sum_entries(log_derivative, batch_shape)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if torch.jit.is_tracing():
             x = self._sweep(y, context)
         else:
             x, log_det = self._fill_in(y, context)
-            if not torch.is_grad_enabled():
+            if not self._needs_gradient(y, context):
                 return x, log_det
             x = self._attach_gradient(x, y, context)
         return x, -self.forward_and_log_det(x, context)[1]
+
+    def _needs_gradient(self, y: Tensor, context: Tensor | None) -> bool:
+        sources = (y, *self.parameters(), *(() if context is None else (context,)))
+        return torch.is_grad_enabled() and any(source.requires_grad for source in sources)
 
     def _parameters_of(self, x: Tensor, context: Tensor | None) -> Tensor:
         return parameter_planes(self.network(x, context), self.bijection.num_parameters)
@@ -122,8 +132,8 @@ class Autoregressive(FlowTransform):
     def _attach_gradient(self, x: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
         r"""Give the solution of :math:`f_\theta(x) = y` its gradient by implicit differentiation.
 
-        To first order :math:`x = x_0 + J^{-1} (y - f_\theta(x_0))`: the bracket's value is zero, its
-        gradients with respect to :math:`y`, :math:`\theta` and the context are not.
+        To first order :math:`x = x_0 + J^{-1} (y - f_\theta(x_0))`: the bracket's value is zero,
+        its gradients with respect to :math:`y`, :math:`\theta` and the context are not.
         """
         leaf = x.detach().requires_grad_()
         rows, log_derivative = self.bijection.forward(
@@ -132,6 +142,9 @@ class Autoregressive(FlowTransform):
         image = batch_first(rows, y.shape[:-1])
         slope = batch_first(log_derivative.detach().exp(), y.shape[:-1])
         return _ImplicitSolution.apply(y - image, x, leaf, image, slope)
+
+    def extra_repr(self) -> str:
+        return f"{self.bijection}, {super().extra_repr()}"
 
 
 class _ImplicitSolution(torch.autograd.Function):
@@ -187,7 +200,7 @@ def conditional_affine_autoregressive(
     >>> conditional_affine_autoregressive(10, 3).condition(torch.ones(3))(torch.zeros(10)).shape
     torch.Size([10])
     """
-    hidden_dims = hidden_dims or (3 * input_dim + 1,)
+    hidden_dims = (3 * input_dim + 1,) if hidden_dims is None else hidden_dims
     return Autoregressive(Affine(), input_dim, context_dim, hidden_dims, **options)
 
 
@@ -205,7 +218,9 @@ def spline_autoregressive(
     >>> spline_autoregressive(10)(torch.zeros(10)).shape
     torch.Size([10])
     """
-    return conditional_spline_autoregressive(input_dim, 0, hidden_dims, count_bins, bound, **options)
+    return conditional_spline_autoregressive(
+        input_dim, 0, hidden_dims, count_bins, bound, **options
+    )
 
 
 def conditional_spline_autoregressive(
@@ -223,5 +238,5 @@ def conditional_spline_autoregressive(
     >>> conditional_spline_autoregressive(10, 3).condition(torch.ones(3))(torch.zeros(10)).shape
     torch.Size([10])
     """
-    hidden_dims = hidden_dims or (input_dim * 10, input_dim * 10)
+    hidden_dims = (input_dim * 10, input_dim * 10) if hidden_dims is None else hidden_dims
     return Autoregressive(Spline(count_bins, bound), input_dim, context_dim, hidden_dims, **options)

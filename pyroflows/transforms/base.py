@@ -10,17 +10,36 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import TransformModule
+from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class _Memory(NamedTuple):
-    """Hold the last pair a flow has mapped, and what the answer depended on."""
+    """Hold the last pair a flow has mapped, and what the answer depended on.
+
+    The storages are held so that their addresses, part of the fingerprint, are not used again.
+    """
 
     x: Tensor
     y: Tensor
     log_det: Tensor
     fingerprint: tuple
+    storages: tuple
+
+
+class _OptimizerSteps:
+    """Count the steps of all optimizers: some edit ``parameter.data``, which has no version."""
+
+    count = 0
+
+    @classmethod
+    def increase(cls, *_: Any) -> None:
+        cls.count += 1
+
+
+register_optimizer_step_post_hook(_OptimizerSteps.increase)
 
 
 def _checked(method: Callable) -> Callable:
@@ -52,16 +71,6 @@ def _event_shape(event_shape: int | Iterable[int]) -> torch.Size:
     if not shape or min(shape) < 1:
         raise ValueError(f"input_dim must be at least 1, got {event_shape}")
     return shape
-
-
-def _broadcast(batch_shape: torch.Size, context_batch_shape: torch.Size) -> torch.Size:
-    try:
-        return torch.broadcast_shapes(batch_shape, context_batch_shape)
-    except RuntimeError as error:
-        raise ValueError(
-            f"batch shape {tuple(batch_shape)} of the input does not broadcast against batch shape "
-            f"{tuple(context_batch_shape)} of the context"
-        ) from error
 
 
 class FlowTransform(TransformModule):
@@ -118,6 +127,7 @@ class FlowTransform(TransformModule):
             raise ValueError(f"context_dim must be at least 0, got {context_dim}")
         self.context_dim = context_dim
         self._memory: _Memory | None = None
+        self._known_inverse: weakref.ref[Inverse] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # Authors write the mathematics; every way into a flow is checked without their help.
@@ -150,8 +160,14 @@ class FlowTransform(TransformModule):
 
     @property
     def inv(self) -> FlowTransform:
-        """Return the inverse as a flow that shares this flow's parameters."""
-        return Inverse(self)
+        """Return the inverse as a flow that shares this flow's parameters; ``inv.inv is self``."""
+        known = self._known_inverse() if self._known_inverse is not None else None
+        return Inverse(self) if known is None else known
+
+    @property
+    def sign(self) -> int:
+        """Raise: the Jacobian's sign is known for univariate transforms only."""
+        raise AttributeError(f"{type(self).__name__} has no sign")
 
     def condition(self, context: Tensor) -> Conditioned:
         """Bind a context of shape ``(*batch, context_dim)``; parameters stay shared."""
@@ -198,8 +214,10 @@ class FlowTransform(TransformModule):
 
     def _remember(self, x: Tensor, y: Tensor, log_det: Tensor, computed: Tensor) -> _Memory:
         fingerprint = self._fingerprint(x, y) if self._cache_size else None
-        memory = _Memory(x, y, log_det, fingerprint or ())
+        memory = _Memory(x, y, log_det, fingerprint or (), ())
         if fingerprint is not None:
+            storages = tuple(t.untyped_storage() for t in (*self.parameters(), *self.buffers()))
+            memory = memory._replace(storages=storages)
             self._memory = memory
             if not torch.jit.is_tracing():
                 self._forget_after_backward(computed, log_det)
@@ -226,7 +244,7 @@ class FlowTransform(TransformModule):
             )
         except RuntimeError:  # inference tensors and torch.func wrappers have no version or storage
             return None
-        return (self.training, torch.is_grad_enabled(), stamps)
+        return (self.training, torch.is_grad_enabled(), _OptimizerSteps.count, stamps)
 
     def clear_cache(self) -> None:
         """Forget the remembered pair, here and in every part."""
@@ -245,7 +263,7 @@ class FlowTransform(TransformModule):
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_memory": None}
+        return {**self.__dict__, "_memory": None, "_known_inverse": None}
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)
@@ -257,7 +275,8 @@ class FlowTransform(TransformModule):
     def _check(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Check shapes; return ``x`` broadcast against the batch shape of the context."""
         event_dim = len(self.event_shape)
-        if not torch.jit.is_tracing() and x.shape[x.dim() - event_dim :] != self.event_shape:
+        tracing = torch.jit.is_tracing()  # sizes are not numbers then
+        if not tracing and x.shape[x.dim() - event_dim :] != self.event_shape:
             raise ValueError(
                 f"{type(self).__name__} expects inputs of trailing shape "
                 f"{tuple(self.event_shape)}, got an input of shape {tuple(x.shape)}"
@@ -269,10 +288,20 @@ class FlowTransform(TransformModule):
                     "use flow.condition(context)"
                 )
             return x
-        _check_context(self, context)
-        batch_shape = x.shape[: x.dim() - event_dim]
-        joint = _broadcast(batch_shape, context.shape[:-1])
-        return x if joint == batch_shape else x.expand(joint + self.event_shape)
+        if not tracing:
+            _check_context(self, context)
+        along_events = context[(..., slice(1), *(None,) * (event_dim - 1))]
+        try:
+            return torch.broadcast_tensors(x, along_events)[0]
+        except RuntimeError as error:
+            raise ValueError(
+                f"batch shape {tuple(x.shape[: x.dim() - event_dim])} of the input does not "
+                f"broadcast against batch shape {tuple(context.shape[:-1])} of the context"
+            ) from error
+
+
+# Pyro's ConditionalTransformedDistribution looks for this type before it calls `condition`.
+ConditionalTransform.register(FlowTransform)
 
 
 class Inverse(FlowTransform):
@@ -294,6 +323,7 @@ class Inverse(FlowTransform):
     def __init__(self, flow: FlowTransform) -> None:
         super().__init__(flow.event_shape, flow.context_dim, flow._cache_size)
         self.flow = flow
+        flow._known_inverse = weakref.ref(self)
 
     @property
     def domain(self) -> constraints.Constraint:
@@ -305,6 +335,7 @@ class Inverse(FlowTransform):
 
     @property
     def inv(self) -> FlowTransform:
+        self.flow._known_inverse = weakref.ref(self)  # forgotten by copies
         return self.flow
 
     def forward_and_log_det(
@@ -330,7 +361,7 @@ class Inverse(FlowTransform):
         memory = self.flow.recall(x=y, y=x)
         if memory is None:
             return None
-        return _Memory(memory.y, memory.x, -memory.log_det, memory.fingerprint)
+        return memory._replace(x=memory.y, y=memory.x, log_det=-memory.log_det)
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
         return self.flow.with_cache(cache_size).inv
@@ -388,4 +419,5 @@ class Conditioned(FlowTransform):
 
     def _with_context_batch(self, shape: torch.Size) -> torch.Size:
         batch_dim = len(shape) - len(self.event_shape)
-        return _broadcast(shape[:batch_dim], self.context.shape[:-1]) + shape[batch_dim:]
+        batch_shape = torch.broadcast_shapes(shape[:batch_dim], self.context.shape[:-1])
+        return batch_shape + shape[batch_dim:]

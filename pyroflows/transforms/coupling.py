@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..nn import MLP
 from .base import FlowTransform
-from .layout import batch_first, entries_first, parameter_planes
+from .layout import batch_first, entries_first, parameter_planes, sum_entries
 from .scalar import Affine, ScalarBijection, Shift
 from .spline import Spline
 
@@ -91,10 +91,14 @@ class Coupling(FlowTransform):
         num_outputs = bijection.num_parameters * (input_dim - split_dim)
         self.network = MLP(split_dim, num_outputs, hidden_dims, context_dim, activation)
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self._apply_bijection(self.bijection.forward, x, context)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self._apply_bijection(self.bijection.inverse, y, context)
 
     def _apply_bijection(
@@ -102,14 +106,15 @@ class Coupling(FlowTransform):
     ) -> tuple[Tensor, Tensor]:
         batch_shape = x.shape[:-1]
         rows = entries_first(x).index_select(0, self.order)
-        kept, moved = rows[: self.split_dim], rows[self.split_dim :]
+        kept, moved = rows.split([self.split_dim, self.event_shape[0] - self.split_dim])
         parameters = self.network(batch_first(kept, batch_shape), context)
-        parameters = parameters.expand(*batch_shape, parameters.shape[-1])
+        if not self.split_dim:
+            parameters = parameters.expand(*batch_shape, parameters.shape[-1])
         moved, log_derivative = direction(
             moved, parameter_planes(parameters, self.bijection.num_parameters)
         )
         rows = torch.cat([kept, moved]).index_select(0, self.inverse_order)
-        return batch_first(rows, batch_shape), log_derivative.sum(0).reshape(batch_shape)
+        return batch_first(rows, batch_shape), sum_entries(log_derivative, batch_shape)
 
     def extra_repr(self) -> str:
         return f"{self.bijection}, {super().extra_repr()}, split_dim={self.split_dim}"
@@ -117,13 +122,18 @@ class Coupling(FlowTransform):
 
 def check_order(order: Sequence[int] | None, input_dim: int) -> list[int]:
     """Return ``order`` as a list, the identity if ``None``; raise unless it is a permutation."""
-    result = list(range(input_dim)) if order is None else [int(entry) for entry in order]
+    result = list(range(input_dim)) if order is None else [*order]
     if sorted(result) != list(range(input_dim)):
         raise ValueError(f"order must be a permutation of 0 .. {input_dim - 1}, got {result}")
     return result
 
 
-def additive_coupling(input_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any) -> Coupling:
+def additive_coupling(
+    input_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    split_dim: int | None = None,
+    **options: Any,
+) -> Coupling:
     """Build an additive coupling, the layer of NICE.
 
     Examples
@@ -131,11 +141,15 @@ def additive_coupling(input_dim: int, hidden_dims: Sequence[int] | None = None, 
     >>> additive_coupling(10)(torch.zeros(10)).shape
     torch.Size([10])
     """
-    return conditional_additive_coupling(input_dim, 0, hidden_dims, **options)
+    return conditional_additive_coupling(input_dim, 0, hidden_dims, split_dim, **options)
 
 
 def conditional_additive_coupling(
-    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    split_dim: int | None = None,
+    **options: Any,
 ) -> Coupling:
     """Build an additive coupling with a context.
 
@@ -144,11 +158,16 @@ def conditional_additive_coupling(
     >>> conditional_additive_coupling(10, 3).condition(torch.ones(3))(torch.zeros(10)).shape
     torch.Size([10])
     """
-    hidden_dims = hidden_dims or (input_dim * 10,)
-    return Coupling(Shift(), input_dim, context_dim, hidden_dims, **options)
+    hidden_dims = (input_dim * 10,) if hidden_dims is None else hidden_dims
+    return Coupling(Shift(), input_dim, context_dim, hidden_dims, split_dim, **options)
 
 
-def affine_coupling(input_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any) -> Coupling:
+def affine_coupling(
+    input_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    split_dim: int | None = None,
+    **options: Any,
+) -> Coupling:
     """Build an affine coupling, the layer of RealNVP, with Pyro's signature.
 
     Examples
@@ -156,11 +175,15 @@ def affine_coupling(input_dim: int, hidden_dims: Sequence[int] | None = None, **
     >>> affine_coupling(10)(torch.zeros(10)).shape
     torch.Size([10])
     """
-    return conditional_affine_coupling(input_dim, 0, hidden_dims, **options)
+    return conditional_affine_coupling(input_dim, 0, hidden_dims, split_dim, **options)
 
 
 def conditional_affine_coupling(
-    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    split_dim: int | None = None,
+    **options: Any,
 ) -> Coupling:
     """Build an affine coupling with a context, with Pyro's signature.
 
@@ -169,30 +192,34 @@ def conditional_affine_coupling(
     >>> conditional_affine_coupling(10, 3).condition(torch.ones(3))(torch.zeros(10)).shape
     torch.Size([10])
     """
-    hidden_dims = hidden_dims or (input_dim * 10,)
-    return Coupling(Affine(), input_dim, context_dim, hidden_dims, **options)
+    hidden_dims = (input_dim * 10,) if hidden_dims is None else hidden_dims
+    return Coupling(Affine(), input_dim, context_dim, hidden_dims, split_dim, **options)
 
 
 def spline_coupling(
     input_dim: int,
+    split_dim: int | None = None,
     hidden_dims: Sequence[int] | None = None,
     count_bins: int = 8,
     bound: float = 3.0,
     **options: Any,
 ) -> Coupling:
-    """Build a rational-quadratic spline coupling, with Pyro's names.
+    """Build a rational-quadratic spline coupling, with Pyro's signature.
 
     Examples
     --------
     >>> spline_coupling(10)(torch.zeros(10)).shape
     torch.Size([10])
     """
-    return conditional_spline_coupling(input_dim, 0, hidden_dims, count_bins, bound, **options)
+    return conditional_spline_coupling(
+        input_dim, 0, split_dim, hidden_dims, count_bins, bound, **options
+    )
 
 
 def conditional_spline_coupling(
     input_dim: int,
     context_dim: int,
+    split_dim: int | None = None,
     hidden_dims: Sequence[int] | None = None,
     count_bins: int = 8,
     bound: float = 3.0,
@@ -205,5 +232,6 @@ def conditional_spline_coupling(
     >>> conditional_spline_coupling(10, 3).condition(torch.ones(3))(torch.zeros(10)).shape
     torch.Size([10])
     """
-    hidden_dims = hidden_dims or (input_dim * 10, input_dim * 10)
-    return Coupling(Spline(count_bins, bound), input_dim, context_dim, hidden_dims, **options)
+    hidden_dims = (input_dim * 10, input_dim * 10) if hidden_dims is None else hidden_dims
+    spline = Spline(count_bins, bound)
+    return Coupling(spline, input_dim, context_dim, hidden_dims, split_dim, **options)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..nn import MLP
 from .base import FlowTransform
-from .layout import batch_first, entries_first, parameter_planes
+from .layout import batch_first, entries_first, parameter_planes, sum_entries
 from .scalar import ScalarBijection
 from .spline import Spline
 
@@ -58,10 +58,14 @@ class Elementwise(FlowTransform):
         else:
             self.parameter = nn.Parameter(torch.zeros(size))
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_and_log_det(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self._apply_bijection(self.bijection.forward, x, context)
 
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_det(
+        self, y: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self._apply_bijection(self.bijection.inverse, y, context)
 
     def _apply_bijection(
@@ -73,7 +77,7 @@ class Elementwise(FlowTransform):
         y, log_derivative = direction(
             entries_first(x), parameter_planes(parameters, self.bijection.num_parameters)
         )
-        return batch_first(y, batch_shape), log_derivative.sum(0).reshape(batch_shape)
+        return batch_first(y, batch_shape), sum_entries(log_derivative, batch_shape)
 
     def extra_repr(self) -> str:
         return f"{self.bijection}, {super().extra_repr()}"
@@ -105,5 +109,5 @@ def conditional_spline(
     >>> conditional_spline(10, 3).condition(torch.ones(3))(torch.zeros(10)).shape
     torch.Size([10])
     """
-    hidden_dims = hidden_dims or (input_dim * 10, input_dim * 10)
+    hidden_dims = (input_dim * 10, input_dim * 10) if hidden_dims is None else hidden_dims
     return Elementwise(Spline(count_bins, bound), input_dim, context_dim, hidden_dims, **options)

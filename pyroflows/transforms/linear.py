@@ -83,7 +83,9 @@ class TriangularAffine(FlowTransform):
     def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
         _check_loc_scale(loc, scale_tril, "scale_tril", (loc.shape[0],) * 2)
         if not (scale_tril.diagonal() > 0).all():
-            raise ValueError("scale_tril must have a positive diagonal")
+            raise ValueError(
+                f"scale_tril must have a positive diagonal, got {scale_tril.diagonal().min():g}"
+            )
         super().__init__(loc.shape[0])
         scale_tril = scale_tril.detach()
         self.loc = nn.Parameter(torch.zeros_like(loc))
@@ -151,7 +153,7 @@ class DiagonalAffine(FlowTransform):
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
         _check_loc_scale(loc, scale, "scale", loc.shape)
         if not (scale > 0).all():
-            raise ValueError("scale must be positive")
+            raise ValueError(f"scale must be positive, got {scale.min():g}")
         super().__init__(loc.shape[0])
         self.loc = nn.Parameter(torch.zeros_like(loc))
         self.log_scale = nn.Parameter(scale.detach().log())

@@ -1,9 +1,8 @@
-"""Scalar bijections: what a coupling, an autoregressive or an elementwise flow does to each number."""
+"""Scalar bijections: what a coupling, autoregressive or elementwise flow does to each number."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ class ScalarBijection:
     A scalar bijection holds no weights. It receives the numbers ``x`` of any shape ``S`` and their
     raw parameters of shape ``(num_parameters, *S)``: real numbers, as a network emits them, where
     zero stands for the identity map. The parameters come first because arithmetic on whole planes
-    is what makes it fast.
+    is what makes it fast. Both directions are plain arithmetic on tensors: they must work in
+    inference mode, without autograd.
     """
 
     num_parameters: int
@@ -39,7 +39,7 @@ class Shift(ScalarBijection):
     (tensor([1., 1.]), tensor([0., 0.]))
     """
 
-    num_parameters: ClassVar[int] = 1
+    num_parameters = 1
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         return x + parameters[0], torch.zeros_like(x)
@@ -65,7 +65,7 @@ class Scale(ScalarBijection):
     """
 
     log_scale_bound: float = 3.0
-    num_parameters: ClassVar[int] = 1
+    num_parameters = 1
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         log_scale = _soft_bound(parameters[0], self.log_scale_bound)
@@ -93,7 +93,7 @@ class Affine(ScalarBijection):
     """
 
     log_scale_bound: float = 3.0
-    num_parameters: ClassVar[int] = 2
+    num_parameters = 2
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = parameters.unbind(0)

@@ -73,7 +73,7 @@ class Spline(ScalarBijection):
             raise ValueError(f"min_slope must lie in (0, 1), got {self.min_slope}")
 
     @property
-    def num_parameters(self) -> int:  # type: ignore[override]
+    def num_parameters(self) -> int:
         return 3 * self.bins - 1
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
