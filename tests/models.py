@@ -14,6 +14,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer import config_enumerate
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 import pyroflows as pf
@@ -226,4 +227,5 @@ def one_at_a_time_log_joint(theta: Tensor, y: Tensor) -> Tensor:
 
 def sites_of(model: Callable, *args: Any) -> dict[str, dict]:
     """Return the latent sites of a model by name."""
-    return dict(poutine.trace(model).get_trace(*args).iter_stochastic_nodes())
+    trace = prune_subsample_sites(poutine.trace(model).get_trace(*args))
+    return dict(trace.iter_stochastic_nodes())

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Activations whose gradient needs nothing but their own result.
@@ -99,6 +100,8 @@ def features_first_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Element-wise flows work on whole planes of parameters, one plane per output: with this layout
     each plane is contiguous.
     """
+    if torch.jit.is_tracing():  # TorchScript's rewriting of addmm mistakes the transposes
+        return F.linear(x, weight, bias)
     batch_shape = x.shape[:-1]
     flat = fold_batch(x, (batch_shape.numel(), x.shape[-1]))
     rows = torch.addmm(bias.unsqueeze(-1), weight, flat.T)
@@ -106,7 +109,7 @@ def features_first_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def fold_batch(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Give another shape to the batch of a tensor; with as many dimensions as before, it is that."""
+    """Reshape the batch of a tensor; with as many dimensions as before, it has that shape."""
     # Autograd would record a step for a reshape that does nothing: 3 % of a training step.
     return x if x.dim() == len(shape) else x.reshape(shape)
 

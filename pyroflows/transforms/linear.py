@@ -82,10 +82,9 @@ class TriangularAffine(FlowTransform):
 
     def __init__(self, loc: Tensor, scale_tril: Tensor) -> None:
         _check_loc_scale(loc, scale_tril, "scale_tril", (loc.shape[0],) * 2)
-        if not (scale_tril.diagonal() > 0).all():
-            raise ValueError(
-                f"scale_tril must have a positive diagonal, got {scale_tril.diagonal().min():g}"
-            )
+        smallest = scale_tril.diagonal().min().item()
+        if not smallest > 0:
+            raise ValueError(f"scale_tril must have a positive diagonal, got {smallest}")
         super().__init__(loc.shape[0])
         scale_tril = scale_tril.detach()
         self.loc = nn.Parameter(torch.zeros_like(loc))
@@ -152,8 +151,9 @@ class DiagonalAffine(FlowTransform):
 
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
         _check_loc_scale(loc, scale, "scale", loc.shape)
-        if not (scale > 0).all():
-            raise ValueError(f"scale must be positive, got {scale.min():g}")
+        smallest = scale.min().item()
+        if not smallest > 0:
+            raise ValueError(f"scale must be positive, got {smallest}")
         super().__init__(loc.shape[0])
         self.loc = nn.Parameter(torch.zeros_like(loc))
         self.log_scale = nn.Parameter(scale.detach().log())
