@@ -199,7 +199,7 @@ def realnvp(
 def spline_coupling(
     input_dim: int,
     context_dim: int = 0,
-    num_layers: int = 6,
+    num_layers: int = 4,
     hidden_dims: Sequence[int] = (64, 64),
     bins: int = 8,
     bound: float = 5.0,

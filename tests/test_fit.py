@@ -437,9 +437,8 @@ def test_centred_eight_schools_at_the_defaults(guide: type[pf.AutoFlow]) -> None
 
 @pytest.mark.slow
 @needs_reference
-@pytest.mark.parametrize("guide", [cls for cls in NAMED if cls is not pf.AutoMAF])
+@pytest.mark.parametrize("guide", NAMED)
 def test_flow_guides_beat_the_best_gaussian_of_the_eight_schools(guide: type[pf.AutoFlow]) -> None:
-    """MAF, whose every step takes as many passes as there are dimensions, is left out."""
     assert default_fit("eight_schools", guide).elbo > BEST_GAUSSIAN
 
 

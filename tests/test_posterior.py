@@ -425,17 +425,3 @@ def test_moved_results_stay_the_same(result: pf.VariationalPosterior) -> None:
     assert all(torch.equal(draws[name], expected[name]) for name in expected)
     torch.testing.assert_close(moved.log_prob(draws), result.log_prob(draws))
     assert torch.equal(result.density(result.draws[:5]), moved.density(result.draws[:5]))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_results_move_to_the_gpu_and_back() -> None:
-    result = posterior_of(regression, Y, Y)
-    expected = result.sample(5, seed=1)
-    values = result.log_prob(expected)
-    moved = result.to("cuda")
-    assert all(value.is_cuda for value in moved.sample(5).values())
-    assert all(value.is_cuda for value in moved.density.args)
-    back = moved.to("cpu")
-    torch.testing.assert_close(back.log_prob(expected), values)
-    assert all(not value.is_cuda for value in back.sample(5).values())

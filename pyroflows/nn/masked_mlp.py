@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -134,9 +135,8 @@ class MaskedMLP(nn.Module):
         Tensor
             The sums of its log-derivatives, ``(N,)``.
         """
-        # A dozen operations per entry on a few numbers each: their overhead takes the time, and
-        # inference mode takes a fifth off it. What is computed from its results is ordinary again.
-        with torch.inference_mode():
+        # What is computed from the results of inference mode is ordinary again.
+        with _least_overhead():
             x, log_derivatives = self._fill_in_by_rank(
                 solve, y.index_select(0, self.order), self._memory(y.shape[1], context)
             )
@@ -199,6 +199,16 @@ class MaskedMLP(nn.Module):
     def _outputs_by_rank(self, rows: Tensor) -> Tensor:
         planes = rows.unflatten(0, (self.num_parameters, self.input_dim))
         return planes.transpose(0, 1).index_select(0, self.order).flatten(0, 1)
+
+
+def _least_overhead() -> AbstractContextManager:
+    """Return inference mode, which takes a fifth off small operations, where torch can bear it.
+
+    Compilers and function transforms cannot: after a failure in it the whole process is unusable.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return torch.no_grad()
+    return torch.inference_mode()
 
 
 def _steps(degrees: list[list[int]], input_dim: int, num_parameters: int) -> list[list[int]]:

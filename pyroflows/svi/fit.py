@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide import AutoContinuous, AutoDiagonalNormal, AutoMultivariateNormal
 from torch import Tensor
 
 from .. import flows
@@ -39,8 +39,8 @@ def fit(
 ) -> VariationalPosterior:
     r"""Fit a guide to the posterior of a model, and say how good the answer is.
 
-    Flow guides start from the normal distribution with the highest ELBO, found by deterministic
-    optimisation. Then the ELBO is maximised by Adam with many vectorised particles, with path
+    Flow guides, and Pyro's ``AutoDiagonalNormal`` and ``AutoMultivariateNormal``, start from the
+    normal distribution with the highest ELBO, found by deterministic optimisation. Then the ELBO is maximised by Adam with many vectorised particles, with path
     gradients [1] where the flow's inverse is cheap: those of
     :math:`\log p(z_\theta, y) - \log q_{\bar\theta}(z_\theta)` with :math:`\bar\theta` held fixed,
     which have no variance where the guide is exact. The learning rate warms up, is held until the
@@ -67,8 +67,8 @@ def fit(
     learning_rate
         Peak learning rate of Adam.
     warm_start
-        Whether flow guides start from the best normal distribution; turn it off to go on with a
-        guide that has been fitted before.
+        Whether guides start from the best normal distribution; turn it off to go on with a guide
+        that has been fitted before.
     num_draws
         Number of weighted draws behind the verdict.
 
@@ -116,7 +116,7 @@ def fit(
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         density = ModelDensity(model, guide, args, kwargs)
-        if warm_start and isinstance(guide, AutoFlow):
+        if warm_start:
             _start_from_gaussian(density, guide, seed)
         parameters = [p for p in guide.parameters() if p.requires_grad] + density.parameters()
         losses = train(
@@ -129,11 +129,32 @@ def fit(
         return VariationalPosterior.from_guide(density, losses, num_draws, seed)
 
 
-def _start_from_gaussian(density: ModelDensity, guide: AutoFlow, seed: int) -> None:
-    affine = guide.get_transform()[-1]
-    with frozen(density.parameters()), torch.no_grad():
-        gaussian = fit_gaussian(density, Gaussian(*affine.affine()), seed)
-        affine.set_frame(gaussian.loc, gaussian.scale)
+def _start_from_gaussian(density: ModelDensity, guide: AutoContinuous, seed: int) -> None:
+    """Start a guide that has a normal distribution in it from the best one of that kind."""
+    with torch.no_grad():
+        start = _gaussian_of(guide)
+        if start is None:
+            return
+        gaussian = fit_gaussian(density, start, seed)
+        if isinstance(guide, AutoFlow):
+            guide.get_transform()[-1].set_frame(gaussian.loc, gaussian.scale)
+            return
+        guide.loc.copy_(gaussian.loc)
+        if gaussian.scale.dim() == 1:
+            guide.scale = gaussian.scale
+        else:
+            guide.scale = gaussian.scale.diagonal()
+            guide.scale_tril = gaussian.scale / gaussian.scale.diagonal().unsqueeze(-1)
+
+
+def _gaussian_of(guide: AutoContinuous) -> Gaussian | None:
+    if isinstance(guide, AutoFlow):
+        return Gaussian(*guide.get_transform()[-1].affine())
+    if isinstance(guide, AutoDiagonalNormal):
+        return Gaussian(guide.loc.clone(), guide.scale.clone())
+    if isinstance(guide, AutoMultivariateNormal):
+        return Gaussian(guide.loc.clone(), guide.scale.unsqueeze(-1) * guide.scale_tril)
+    return None
 
 
 def _loss_function(
