@@ -115,4 +115,5 @@ def standard_normal(like: Tensor) -> dist.Distribution:
     >>> standard_normal(torch.zeros(3)).event_shape
     torch.Size([3])
     """
-    return dist.Normal(torch.zeros_like(like), torch.ones_like(like)).to_event(1)
+    loc, scale = torch.zeros_like(like), torch.ones_like(like)
+    return dist.Normal(loc, scale, validate_args=False).to_event(1)

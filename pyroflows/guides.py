@@ -9,8 +9,10 @@ from typing import Any, TypeAlias
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import detach
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.infer.autoguide.guides import prototype_hide_fn
+from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -132,6 +134,9 @@ class AutoFlow(AutoContinuous):
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         _check_latent_sites(poutine.block(self.model, self._prototype_hide_fn), args, kwargs)
         super()._setup_prototype(*args, **kwargs)
+        for _, site in self.prototype_trace.iter_stochastic_nodes():
+            # Only shapes and supports are needed; graphs and weak references cannot be pickled.
+            site["fn"], site["value"] = detach(site["fn"]), site["value"].detach()
         if self.transform is None:
             self._build(self._init_loc())
         elif self.transform.event_shape != (self.latent_dim,):
@@ -230,11 +235,10 @@ class AutoFlow(AutoContinuous):
 
     def __getstate__(self) -> dict[str, Any]:
         # Models are often closures, which cannot be pickled; a set-up guide works without.
-        return {**torch.nn.Module.__getstate__(self), "_model": None, "master": None}
+        return {**PyroModule.__getstate__(self), "_model": None, "master": None}
 
     def __deepcopy__(self, memo: dict) -> AutoFlow:
-        # The trace may hold tensors inside an autograd graph, which cannot be copied; nothing
-        # changes it, so that copies may share it.
+        # Nothing changes the model and its trace: copies may share them.
         shared = {"_model", "master", "prototype_trace", "_cond_indep_stacks", "_prototype_frames"}
         other = type(self).__new__(type(self))
         memo[id(self)] = other
