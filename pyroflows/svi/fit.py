@@ -40,12 +40,13 @@ def fit(
     r"""Fit a guide to the posterior of a model, and say how good the answer is.
 
     Flow guides, and Pyro's ``AutoDiagonalNormal`` and ``AutoMultivariateNormal``, start from the
-    normal distribution with the highest ELBO, found by deterministic optimisation. Then the ELBO is maximised by Adam with many vectorised particles, with path
-    gradients [1] where the flow's inverse is cheap: those of
-    :math:`\log p(z_\theta, y) - \log q_{\bar\theta}(z_\theta)` with :math:`\bar\theta` held fixed,
-    which have no variance where the guide is exact. The learning rate warms up, is held until the
-    ELBO has converged, and decays. Steps that are not finite are undone. Finally fresh draws from
-    the guide are weighted against the model.
+    normal distribution with the highest ELBO, found by deterministic optimisation. Then the ELBO is
+    maximised by Adam with many vectorised particles, with path gradients [1] where the flow's
+    inverse is cheap: those of :math:`\log p(z_\theta, y) - \log q_{\bar\theta}(z_\theta)` with
+    :math:`\bar\theta` held fixed, which have no variance where the guide is exact. The learning
+    rate warms up, is held until the ELBO has converged, and decays. Steps that are not finite, or
+    after which the ELBO has collapsed, are undone. Finally fresh draws from the guide are weighted
+    against the model.
 
     Parameters
     ----------
