@@ -10,12 +10,16 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.infer.autoguide import AutoContinuous
 from pyro.ops.contract import contract_to_tensor
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
+
+from .checks import check_sites, check_values
 
 PARTICLES = "_pyroflows_particles"
 CHUNK = 2000  # vectors evaluated at once where there are many
@@ -79,8 +83,8 @@ class ModelDensity:
             self.plate_nesting, self.has_enumeration = _structure(
                 self.model, self.args, self.kwargs
             )
-            self.prototype = self.trace(start.unsqueeze(0), vectorized=False)
-        _check_finite(self.prototype)
+            self.prototype = self.trace(start.unsqueeze(0), vectorized=False, sum_out=False)
+        check_sites(self.prototype, self.sites, self.data_sites)
         self.vectorized = self._can_vectorize(start)
 
     @property
@@ -88,14 +92,24 @@ class ModelDensity:
         """Return the latent sites by name."""
         return dict(self.guide.prototype_trace.iter_stochastic_nodes())
 
+    @property
+    def data_sites(self) -> dict[str, dict]:
+        """Return the sites that hold data, by name."""
+        return {name: site for name, site in self.prototype.nodes.items() if self.is_data(site)}
+
     def is_data(self, site: dict) -> bool:
-        """Tell whether a site of a trace holds data: observed, not latent, not deterministic."""
+        """Tell whether a site holds data: observed, and not latent, deterministic or a factor."""
         return (
             site["type"] == "sample"
             and site["is_observed"]
             and site["name"] not in self.sites
             and not is_deterministic(site)
+            and not isinstance(site["fn"], Unit)
         )
+
+    def without_data(self) -> Callable:
+        """Return the model with its data left open."""
+        return _Unobserve(set(self.data_sites))(self.model)
 
     def parameters(self) -> list[Tensor]:
         """Return the unconstrained values of the model's own learnable parameters."""
@@ -103,6 +117,8 @@ class ModelDensity:
         return [site["value"].unconstrained() for site in sites if site["type"] == "param"]
 
     def __call__(self, z: Tensor) -> Tensor:
+        if self.vectorized and self.has_enumeration and len(z) == 1:
+            return self(z.expand(2, -1))[:1]  # Pyro's sum-product has no plates of size one
         if self.vectorized:
             return self._log_density(z, vectorized=True)
         return torch.cat([self._log_density(row, vectorized=False) for row in z.split(1)])
@@ -126,10 +142,15 @@ class ModelDensity:
         """
         parts, log_dets = [], []
         for name, site in self.sites.items():
-            value = _check_values(name, site, values)
+            value = check_values(name, site, values)
             z = biject_to(site["fn"].support).inv(value)
             log_dets.append(-self._log_det(site, z, value))
             parts.append(z.reshape(value.shape[0], -1))
+        if len({len(part) for part in parts}) > 1:
+            raise ValueError(
+                "values must hold equally many draws of each site, got "
+                f"{dict(zip(self.sites, map(len, parts), strict=True))}"
+            )
         return torch.cat(parts, -1), torch.stack(log_dets).sum(0)
 
     def deterministic(self, z: Tensor) -> dict[str, Tensor]:
@@ -168,7 +189,7 @@ class ModelDensity:
         return {
             name: torch.cat(
                 [
-                    per_particle(trace.nodes[name][key], len(row), self.prototype.nodes[name][key])
+                    per_particle(trace.nodes[name][key], len(row), site_shape(site, key))
                     for trace, row in zip(traces, rows, strict=True)
                 ]
             )
@@ -213,12 +234,12 @@ class ModelDensity:
         program = poutine.condition(model or self.model, data)
         if self.has_enumeration and sum_out:
             program = poutine.enum(program, first_available_dim=-2 - self.plate_nesting)
-        if vectorized:
-            program = pyro.plate(PARTICLES, z.shape[0], dim=-1 - nesting)(program)
         # Far from the posterior a density may be NaN, which our callers handle; Pyro would raise
         # or warn.
         with poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered ", UserWarning)
+            if vectorized:
+                program = pyro.plate(PARTICLES, z.shape[0], dim=-1 - nesting)(program)
             trace = poutine.trace(program).get_trace(*self.args, **self.kwargs)
             trace = prune_subsample_sites(trace)
             trace.compute_log_prob()
@@ -280,11 +301,30 @@ def _structure(model: Callable, args: tuple, kwargs: Mapping) -> tuple[int, bool
     return max((-frame.dim for frame in frames), default=0), enumerated
 
 
-def per_particle(value: Tensor, num_particles: int, prototype: Tensor) -> Tensor:
+def site_shape(site: dict, key: str = "value") -> torch.Size:
+    """Return the shape of a site's value, repeated along its plates, or of another entry."""
+    if key == "value" and not is_deterministic(site):
+        return torch.broadcast_shapes(site["value"].shape, site["fn"].shape())
+    return site[key].shape
+
+
+def per_particle(value: Tensor, num_particles: int, shape: torch.Size) -> Tensor:
     """Drop the padding between particles and a site's own shape; repeat what is common to all."""
-    if value.numel() == num_particles * prototype.numel():
-        return value.reshape(num_particles, *prototype.shape)
-    return value.reshape(prototype.shape).expand(num_particles, *prototype.shape)
+    if value.numel() == num_particles * shape.numel():
+        return value.reshape(num_particles, *shape)
+    return value.expand(shape).expand(num_particles, *shape)
+
+
+class _Unobserve(Messenger):
+    """Leave the values of the named observed sites open."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if msg["name"] in self.names:
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
 def _summed(trace: poutine.Trace, num_particles: int) -> Tensor:
@@ -309,38 +349,6 @@ def _summed_out(trace: poutine.Trace) -> Tensor:
     discrete = set(trace.symbol_to_dim) - set(plates.values())
     particles = frozenset({plates[PARTICLES]} if PARTICLES in plates else ())
     return contract_to_tensor(terms, discrete, target_ordinal=particles).reshape(-1)
-
-
-def _check_finite(trace: poutine.Trace) -> None:
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or not isinstance(site["log_prob"], Tensor):
-            continue
-        if torch.isfinite(site["log_prob"]).all():
-            continue
-        value = site["value"]
-        bad = int((~torch.isfinite(value)).sum()) if value.is_floating_point() else 0
-        raise ValueError(
-            f"the log-density of site {name!r} is not finite at the start"
-            + (
-                f": its value holds {bad} NaN or infinite entries; remove or mask them"
-                if bad
-                else f" (value {value.flatten()[:3].tolist()}...): check the data against the "
-                "support of the site, or give the guide another init_loc_fn"
-            )
-        )
-
-
-def _check_values(name: str, site: dict, values: Mapping[str, Tensor]) -> Tensor:
-    if name not in values:
-        raise ValueError(f"values must hold site {name!r}, got {sorted(values)}")
-    value, shape = torch.as_tensor(values[name]).to(site["value"]), site["value"].shape
-    if value.shape[1:] != shape:
-        raise ValueError(
-            f"values[{name!r}] must have shape {('S', *shape)}, got {tuple(value.shape)}"
-        )
-    if not site["fn"].support.check(value).all():
-        raise ValueError(f"values[{name!r}] leave the support {site['fn'].support}")
-    return value
 
 
 def _seeded(function: Callable, *args: Any) -> Tensor:

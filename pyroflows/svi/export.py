@@ -12,7 +12,14 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .density import CHUNK, PARTICLES, ModelDensity, is_deterministic, per_particle
+from .density import (
+    CHUNK,
+    PARTICLES,
+    ModelDensity,
+    is_deterministic,
+    per_particle,
+    site_shape,
+)
 
 Groups = dict[str, dict[str, np.ndarray]]
 
@@ -44,7 +51,7 @@ def as_chain(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def _posterior_groups(density: ModelDensity, z: Tensor) -> Groups:
-    without_data = poutine.uncondition(density.model)
+    without_data = density.without_data()
     chunks = z.split(CHUNK)
 
     def collect(key: str, select: Callable, model: Callable | None = None) -> dict[str, np.ndarray]:
@@ -62,14 +69,14 @@ def _posterior_groups(density: ModelDensity, z: Tensor) -> Groups:
 
 def _prior_groups(density: ModelDensity, num_draws: int) -> Groups:
     """Draw from the prior, of latent and observed sites alike."""
-    model = poutine.uncondition(density.model)
+    model = density.without_data()
     prototype = density.prototype.nodes
     latent = [*density.sites, *(n for n, site in prototype.items() if is_deterministic(site))]
-    observed = [name for name, site in prototype.items() if density.is_data(site)]
-    if density.vectorized:
-        model = pyro.plate(PARTICLES, num_draws, dim=-1 - density.plate_nesting)(model)
+    observed = list(density.data_sites)
     runs = 1 if density.vectorized else num_draws
     with poutine.block():
+        if density.vectorized:
+            model = pyro.plate(PARTICLES, num_draws, dim=-1 - density.plate_nesting)(model)
         traces = [
             poutine.trace(model).get_trace(*density.args, **density.kwargs) for _ in range(runs)
         ]
@@ -80,7 +87,7 @@ def _prior_groups(density: ModelDensity, num_draws: int) -> Groups:
             {
                 name: torch.cat(
                     [
-                        per_particle(t.nodes[name]["value"], size, prototype[name]["value"])
+                        per_particle(t.nodes[name]["value"], size, site_shape(prototype[name]))
                         for t in traces
                     ]
                 )
@@ -100,9 +107,8 @@ def _unconstrained(density: ModelDensity, z: Tensor) -> dict[str, Tensor]:
 
 def _observed_data(density: ModelDensity) -> dict[str, np.ndarray]:
     return {
-        name: _numpy(site["value"])
-        for name, site in density.prototype.nodes.items()
-        if density.is_data(site)
+        name: _numpy(site["value"].expand(site_shape(site)))
+        for name, site in density.data_sites.items()
     }
 
 
@@ -114,14 +120,24 @@ def _constant_data(
         arguments = inspect.signature(density.model).bind(*density.args, **density.kwargs).arguments
     except (TypeError, ValueError):  # a callable without a signature
         return {}
-    return {
-        name: _numpy(torch.as_tensor(value))
+    arrays = {
+        name: _numpy(value) if isinstance(value, Tensor) else np.array(value)
         for name, value in arguments.items()
         if isinstance(value, Tensor | np.ndarray)
-        and not any(
-            np.array_equal(_numpy(torch.as_tensor(value)), data) for data in observed.values()
-        )
     }
+    return {
+        name: value
+        for name, value in arrays.items()
+        if not any(_repeats(value, data) for data in observed.values())
+    }
+
+
+def _repeats(value: np.ndarray, data: np.ndarray) -> bool:
+    """Tell whether an argument holds the data of a site, which plates may repeat."""
+    try:
+        return np.array_equal(np.broadcast_to(value, data.shape), data)
+    except ValueError:
+        return False
 
 
 def _plate_dims(density: ModelDensity) -> dict[str, list[str]]:
@@ -131,7 +147,9 @@ def _plate_dims(density: ModelDensity) -> dict[str, list[str]]:
         if site["type"] != "sample":
             continue
         plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
-        shape, event_dim = site["value"].shape, site["fn"].event_dim
+        # Pyro takes all of a deterministic value for an event, inside plates too.
+        shape = site_shape(site)
+        event_dim = 0 if is_deterministic(site) else site["fn"].event_dim
         batch_dim = len(shape) - event_dim
         dims[name] = [
             plates.get(i - batch_dim, f"{name}_dim_{i}") if i < batch_dim else f"{name}_dim_{i}"

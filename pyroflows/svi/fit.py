@@ -107,9 +107,9 @@ def fit(
     >>> round(result.sample(1000)["mean"].mean().item(), 1)
     2.0
     """
-    num_steps = _at_least_one("num_steps", num_steps, NUM_STEPS)
-    num_particles = _at_least_one("num_particles", num_particles, NUM_PARTICLES)
-    num_draws = _at_least_one("num_draws", num_draws, NUM_DRAWS)
+    num_steps = _at_least("num_steps", num_steps, NUM_STEPS)
+    num_particles = _at_least("num_particles", num_particles, NUM_PARTICLES)
+    num_draws = _at_least("num_draws", num_draws, NUM_DRAWS, minimum=2)
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
     if not callable(model):
@@ -117,7 +117,7 @@ def fit(
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         density = ModelDensity(model, guide, args, kwargs)
-        if warm_start:
+        if warm_start and density.vectorized:  # one at a time, it would take minutes
             _start_from_gaussian(density, guide, seed)
         parameters = [p for p in guide.parameters() if p.requires_grad] + density.parameters()
         losses = train(
@@ -201,11 +201,11 @@ def _has_fast_inverse(guide: AutoContinuous) -> bool:
     return spec.fast_inverse and spec.fast_forward
 
 
-def _at_least_one(name: str, value: int | None, default: int) -> int:
+def _at_least(name: str, value: int | None, default: int, minimum: int = 1) -> int:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return value

@@ -21,6 +21,7 @@ from .summary import describe
 
 STORED_TENSORS = ("losses", "draws", "log_p", "log_q")
 KHAT_GOOD, KHAT_USABLE = 0.5, 0.7
+EQUAL_LOG_WEIGHTS = 0.1  # no draw counts more than 1.1 times the average
 
 
 class VariationalPosterior:
@@ -80,14 +81,15 @@ class VariationalPosterior:
             return cls(density, losses, *weighted_draws(density, num_draws))
 
     def _assess(self) -> None:
-        weights = self.log_weights.double()
-        # A draw where the model's density is NaN counts as one of density zero.
-        weights = weights.nan_to_num(nan=-math.inf, posinf=math.inf)
+        weights = _without_nan(self.log_weights)
+        self.log_weights_psis, self.khat = psis(weights)
+        self.log_weights_psis = self.log_weights_psis.double()
+        weights = weights.double()
         self.elbo = weights.mean().item()
         self.elbo_standard_error = (weights.std() / len(weights) ** 0.5).item()
-        self.log_weights_psis, self.khat = psis(weights)
         self.ess = effective_sample_size(self.log_weights_psis)
         self.log_evidence, self.log_evidence_standard_error = log_evidence(weights)
+        self._largest_log_weight = weights.max().item() - self.log_evidence
 
     @property
     def model(self) -> Callable:
@@ -102,7 +104,8 @@ class VariationalPosterior:
     @property
     def verdict(self) -> str:
         """Say in words whether to trust the answer."""
-        if self.khat < KHAT_GOOD:
+        # Where all weights are nearly equal, the shape of their tail says nothing.
+        if self.khat < KHAT_GOOD or self._largest_log_weight < EQUAL_LOG_WEIGHTS:
             return "The guide is close to the posterior: use its draws as they are."
         if self.khat < KHAT_USABLE:
             return (
@@ -151,7 +154,9 @@ class VariationalPosterior:
         if not resample:
             return _draw(self.density, num_samples)[0]
         z, log_p, log_q = weighted_draws(self.density, max(4 * num_samples, len(self.draws)))
-        weights = psis((log_p - log_q).double().nan_to_num(nan=-math.inf))[0].exp()
+        weights = psis((log_p - log_q).double().nan_to_num(nan=-math.inf, neginf=-math.inf))[
+            0
+        ].exp()
         return z[torch.multinomial(weights, num_samples, replacement=True)]
 
     @torch.no_grad()
@@ -218,7 +223,9 @@ class VariationalPosterior:
             If ``path`` cannot be written.
         """
         tensors = {name: getattr(self, name) for name in STORED_TENSORS}
-        write(path, self.guide, self.density.args, self.density.kwargs, tensors)
+        for i, parameter in enumerate(self.density.parameters()):
+            tensors[f"model.{i}"] = parameter
+        write(path, self.guide, self.density.args, self.density.kwargs, self._sites(), tensors)
 
     def to_arviz(
         self,
@@ -303,6 +310,9 @@ class VariationalPosterior:
             "inference_library": "pyroflows",
         }
 
+    def _sites(self) -> dict[str, list[int]]:
+        return {name: list(site["value"].shape) for name, site in self.density.sites.items()}
+
     def _posterior(self) -> torch.distributions.Distribution:
         return self.guide.get_posterior(*self.density.args, **self.density.kwargs)
 
@@ -317,7 +327,8 @@ class VariationalPosterior:
 def load(path: str | Path, model: Callable) -> VariationalPosterior:
     """Read a result written by :meth:`VariationalPosterior.save`.
 
-    The file holds no code and loading it runs none but the model's.
+    The file holds no code and loading it runs none but the model's. Learned parameters of the
+    model (``pyro.param``) are put back in place.
 
     Parameters
     ----------
@@ -343,16 +354,21 @@ def load(path: str | Path, model: Callable) -> VariationalPosterior:
     >>> again.elbo == result.elbo
     True
     """
-    stored = read(path, model)
+    stored = read(path, model, (*STORED_TENSORS,))
+    foreign = f"path {str(path)!r} holds the result of another model"
     try:
         with torch.random.fork_rng():
             density = ModelDensity(model, stored.guide, stored.args, stored.kwargs)
         stored.guide.load_state_dict(stored.weights)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"path {str(path)!r} holds the result of another model: {error}"
-        ) from error
-    return VariationalPosterior(density, *(stored.tensors[name] for name in STORED_TENSORS))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{foreign}: {error}") from error
+    result = VariationalPosterior(density, *(stored.tensors[name] for name in STORED_TENSORS))
+    if result._sites() != stored.sites:
+        raise ValueError(f"{foreign}: its sites are {stored.sites}, the model's {result._sites()}")
+    with torch.no_grad():
+        for i, parameter in enumerate(density.parameters()):
+            parameter.copy_(stored.tensors[f"model.{i}"])
+    return result
 
 
 def to_arviz(result: VariationalPosterior, **options: Any) -> Any:
@@ -379,6 +395,11 @@ def weighted_draws(density: ModelDensity, num_draws: int) -> tuple[Tensor, Tenso
         parts.append((z, density(z), log_q))
     z, log_p, log_q = (torch.cat(part) for part in zip(*parts, strict=True))
     return z, log_p, log_q
+
+
+def _without_nan(log_weights: Tensor) -> Tensor:
+    """Count draws where the model's density is NaN as draws of density zero."""
+    return log_weights.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def _draw(density: ModelDensity, num_draws: int) -> tuple[Tensor, Tensor]:

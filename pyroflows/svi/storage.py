@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,12 @@ _GUIDES = {
 
 
 def write(
-    path: str | Path, guide: AutoContinuous, args: Any, kwargs: Any, tensors: Mapping[str, Tensor]
+    path: str | Path,
+    guide: AutoContinuous,
+    args: Any,
+    kwargs: Any,
+    sites: Mapping[str, list[int]],
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """Write a guide, the model's arguments and tensors to a file, at once or not at all.
 
@@ -53,6 +58,7 @@ def write(
         "guide": _describe_guide(guide),
         "args": _encode(args, "args", content),
         "kwargs": _encode(kwargs, "kwargs", content),
+        "sites": dict(sites),
     }
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
@@ -64,6 +70,7 @@ def write(
         )
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
         raise ValueError(f"path {str(path)!r} cannot be written: {error}") from error
 
 
@@ -75,16 +82,17 @@ class Stored:
     weights: dict[str, Tensor]
     args: tuple
     kwargs: dict[str, Any]
+    sites: dict[str, list[int]]
     tensors: dict[str, Tensor]
 
 
-def read(path: str | Path, model: Callable) -> Stored:
+def read(path: str | Path, model: Callable, required: Sequence[str]) -> Stored:
     """Read a file written by :func:`write`; no code in it is executed, for there is none.
 
     Raises
     ------
     ValueError
-        If the file cannot be read or holds something else.
+        If the file cannot be read, holds something else, or lacks a required tensor.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -96,15 +104,21 @@ def read(path: str | Path, model: Callable) -> Stored:
         raise ValueError(
             f"path {str(path)!r} must hold a {FORMAT}, got format {metadata.get('format')!r}"
         )
-    content = json.loads(metadata["json"])
     weights = {k.removeprefix("guide."): v for k, v in tensors.items() if k.startswith("guide.")}
-    return Stored(
-        _build_guide(content["guide"], model),
-        weights,
-        _decode(content["args"], tensors),
-        _decode(content["kwargs"], tensors),
-        tensors,
-    )
+    try:
+        content = json.loads(metadata["json"])
+        for name in required:
+            tensors[name]
+        return Stored(
+            _build_guide(content["guide"], model),
+            weights,
+            _decode(content["args"], tensors),
+            _decode(content["kwargs"], tensors),
+            content["sites"],
+            tensors,
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"path {str(path)!r} holds a damaged result: {error!r}") from error
 
 
 def _describe_guide(guide: nn.Module) -> dict[str, Any]:
@@ -153,11 +167,13 @@ def _decode_option(value: Any) -> Any:
 
 def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     """Turn an argument into JSON; tensors in it go to ``tensors`` and leave their key."""
-    if isinstance(value, np.ndarray):
-        return {"array": _encode(torch.as_tensor(value), key, tensors)["tensor"]}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        tensor = torch.from_numpy(np.array(value))  # a copy: arrays may be read-only
+        return {"array": _encode(tensor, key, tensors)["tensor"]}
     if isinstance(value, Tensor):
-        tensors[key] = value
-        return {"tensor": key}
+        unique = f"{key}#{len(tensors)}"
+        tensors[unique] = value
+        return {"tensor": unique}
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, list | tuple):
@@ -165,9 +181,10 @@ def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
         return {kind: [_encode(item, f"{key}.{i}", tensors) for i, item in enumerate(value)]}
     if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
         return {"dict": {name: _encode(v, f"{key}.{name}", tensors) for name, v in value.items()}}
+    kind = f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
     raise TypeError(
-        f"{key} of the model cannot be saved: expected tensors, arrays, numbers, strings, lists, "
-        f"tuples and dictionaries of these, got {type(value).__name__}"
+        f"{key} of the model cannot be saved: expected tensors, arrays of numbers, numbers, "
+        f"strings, lists, tuples and dictionaries of these, got {kind}"
     )
 
 
@@ -181,5 +198,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[content].numpy()
     if kind == "dict":
         return {name: _decode(item, tensors) for name, item in content.items()}
+    if kind not in ("list", "tuple"):
+        raise ValueError(f"unknown kind {kind!r} of argument")
     items = [_decode(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items

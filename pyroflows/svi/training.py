@@ -164,7 +164,7 @@ def has_converged(losses: Sequence[float], window: int = WINDOW) -> bool:
     recent = torch.tensor(losses[-2 * window :], dtype=torch.float64).view(2, window)
     before, after = recent.mean(1).tolist()
     error = math.sqrt(float(recent.var(1).sum()) / window)
-    return before - after < 2 * error
+    return before - after <= 2 * error
 
 
 @contextlib.contextmanager

@@ -68,13 +68,18 @@ def fit_gaussian(log_density: LogDensity, start: Gaussian, seed: int = 0) -> Gau
     num_draws = max(MIN_DRAWS, NUM_DRAWS_PER_DIMENSION * dim)
     noise = _normal_draws(num_draws, dim, seed).to(start.loc)
     fresh = _normal_draws(num_draws, dim, seed + 1).to(start.loc)
-    starts = [start, start.resized(torch.ones_like(start.loc[0]))]
-    if start.scale.dim() == 2 and (laplace := _laplace(log_density, start.loc)) is not None:
-        starts.append(laplace)
-    candidates = [start, *(_maximise_elbo(log_density, point, noise) for point in starts)]
+    with np.errstate(all="ignore"):  # scipy's line searches may step far out; they turn back
+        candidates = _candidates(log_density, start, noise)
     with torch.no_grad():
         elbos = [float(log_density(g.push(fresh)).mean() + g.log_det()) for g in candidates]
     return candidates[int(np.argmax(np.nan_to_num(elbos, nan=-np.inf, posinf=-np.inf)))]
+
+
+def _candidates(log_density: LogDensity, start: Gaussian, noise: Tensor) -> list[Gaussian]:
+    starts = [start, start.resized(torch.ones_like(start.loc[0]))]
+    if start.scale.dim() == 2 and (laplace := _laplace(log_density, start.loc)) is not None:
+        starts.append(laplace)
+    return [start, *(_maximise_elbo(log_density, point, noise) for point in starts)]
 
 
 def _multiply(scale: Tensor, columns: Tensor) -> Tensor:
