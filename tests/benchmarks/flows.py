@@ -10,6 +10,7 @@ The peers come with the `bench` extra. They differ where their interfaces leave 
 - Pyro's autoregressive flows and normflows' affine one sample in one pass and invert for the
   log-density; all the others do the opposite. A second ratio leaves these reversed flows out.
 - Pyro's splines are linear rational, since its quadratic ones cannot be built by its helpers.
+- Splines of this package carry an affine map each, which the others' do not.
 - normflows' spline networks are one residual block, which is one hidden layer more.
 """
 
@@ -61,7 +62,8 @@ def build_pyroflows(kind: str, dim: int) -> Model:
 
     name = {"affine_coupling": "realnvp", "affine_autoregressive": "maf"}.get(kind, kind)
     options = {"bins": BINS, "bound": BOUND} if kind.startswith("spline") else {}
-    transform = pf.flow(name, dim, num_layers=LAYERS, hidden_dims=HIDDEN, **options)
+    options |= {"num_layers": LAYERS, "hidden_dims": HIDDEN, "activation": nn.ReLU}
+    transform = pf.flow(name, dim, **options)
     flow = pf.Flow(standard_normal(dim), transform)
     return Model(
         list(transform.parameters()), flow.log_prob, lambda draws: flow.sample(torch.Size([draws]))
