@@ -13,11 +13,11 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
 from ..diagnostics import effective_sample_size, log_evidence, psis
-from ..distributions import Flow
-from .density import CHUNK, ModelDensity
+from .density import ModelDensity
 from .export import as_chain, assemble, model_groups
 from .storage import read, write
 from .summary import describe
+from .weighting import draw, weighted_draws, without_nan
 
 STORED_TENSORS = ("losses", "draws", "log_p", "log_q")
 KHAT_GOOD, KHAT_USABLE = 0.5, 0.7
@@ -81,7 +81,7 @@ class VariationalPosterior:
             return cls(density, losses, *weighted_draws(density, num_draws))
 
     def _assess(self) -> None:
-        weights = _without_nan(self.log_weights)
+        weights = without_nan(self.log_weights)
         self.log_weights_psis, self.khat = psis(weights)
         self.log_weights_psis = self.log_weights_psis.double()
         weights = weights.double()
@@ -152,7 +152,7 @@ class VariationalPosterior:
 
     def _sample_unconstrained(self, num_samples: int, resample: bool) -> Tensor:
         if not resample:
-            return _draw(self.density, num_samples)[0]
+            return draw(self.density, num_samples)[0]
         z, log_p, log_q = weighted_draws(self.density, max(4 * num_samples, len(self.draws)))
         weights = psis((log_p - log_q).double().nan_to_num(nan=-math.inf, neginf=-math.inf))[
             0
@@ -384,27 +384,3 @@ def to_arviz(result: VariationalPosterior, **options: Any) -> Any:
     (1, 10000)
     """
     return result.to_arviz(**options)
-
-
-@torch.no_grad()
-def weighted_draws(density: ModelDensity, num_draws: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return draws ``(S, D)`` from the guide and their log-densities under model and guide."""
-    parts = []
-    for start in range(0, num_draws, CHUNK):
-        z, log_q = _draw(density, min(CHUNK, num_draws - start))
-        parts.append((z, density(z), log_q))
-    z, log_p, log_q = (torch.cat(part) for part in zip(*parts, strict=True))
-    return z, log_p, log_q
-
-
-def _without_nan(log_weights: Tensor) -> Tensor:
-    """Count draws where the model's density is NaN as draws of density zero."""
-    return log_weights.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-
-
-def _draw(density: ModelDensity, num_draws: int) -> tuple[Tensor, Tensor]:
-    posterior = density.guide.get_posterior(*density.args, **density.kwargs)
-    if isinstance(posterior, Flow):
-        return posterior.rsample_and_log_prob((num_draws,))
-    z = posterior.sample((num_draws,))
-    return z, posterior.log_prob(z)

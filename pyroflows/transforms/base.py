@@ -6,40 +6,15 @@ import copy
 import functools
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro.distributions import TransformModule
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-
-class _Memory(NamedTuple):
-    """Hold the last pair a flow has mapped, and what the answer depended on.
-
-    The storages are held so that their addresses, part of the fingerprint, are not used again.
-    """
-
-    x: Tensor
-    y: Tensor
-    log_det: Tensor
-    fingerprint: tuple
-    storages: tuple
-
-
-class _OptimizerSteps:
-    """Count the steps of all optimizers: some edit ``parameter.data``, which has no version."""
-
-    count = 0
-
-    @classmethod
-    def increase(cls, *_: Any) -> None:
-        cls.count += 1
-
-
-register_optimizer_step_post_hook(_OptimizerSteps.increase)
+from .memory import Memory, OptimizerSteps
 
 
 def _checked(method: Callable) -> Callable:
@@ -126,7 +101,7 @@ class FlowTransform(TransformModule):
         if context_dim < 0:
             raise ValueError(f"context_dim must be at least 0, got {context_dim}")
         self.context_dim = context_dim
-        self._memory: _Memory | None = None
+        self._memory: Memory | None = None
         self._known_inverse: weakref.ref[Inverse] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -201,7 +176,7 @@ class FlowTransform(TransformModule):
             return self.forward_and_log_det(x)[1]
         return memory.log_det
 
-    def recall(self, x: Tensor | None = None, y: Tensor | None = None) -> _Memory | None:
+    def recall(self, x: Tensor | None = None, y: Tensor | None = None) -> Memory | None:
         """Return the remembered pair if it answers for these very tensors, else ``None``."""
         memory = self._memory
         if memory is None:
@@ -212,9 +187,9 @@ class FlowTransform(TransformModule):
             return None
         return memory
 
-    def _remember(self, x: Tensor, y: Tensor, log_det: Tensor, computed: Tensor) -> _Memory:
+    def _remember(self, x: Tensor, y: Tensor, log_det: Tensor, computed: Tensor) -> Memory:
         fingerprint = self._fingerprint(x, y) if self._cache_size else None
-        memory = _Memory(x, y, log_det, fingerprint or (), ())
+        memory = Memory(x, y, log_det, fingerprint or (), ())
         if fingerprint is not None:
             storages = tuple(t.untyped_storage() for t in (*self.parameters(), *self.buffers()))
             memory = memory._replace(storages=storages)
@@ -244,7 +219,7 @@ class FlowTransform(TransformModule):
             )
         except RuntimeError:  # inference tensors and torch.func wrappers have no version or storage
             return None
-        return (self.training, torch.is_grad_enabled(), _OptimizerSteps.count, stamps)
+        return (self.training, torch.is_grad_enabled(), OptimizerSteps.count, stamps)
 
     def clear_cache(self) -> None:
         """Forget the remembered pair, here and in every part."""
@@ -357,7 +332,7 @@ class Inverse(FlowTransform):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return -self.flow.log_abs_det_jacobian(y, x)
 
-    def recall(self, x: Tensor | None = None, y: Tensor | None = None) -> _Memory | None:
+    def recall(self, x: Tensor | None = None, y: Tensor | None = None) -> Memory | None:
         memory = self.flow.recall(x=y, y=x)
         if memory is None:
             return None
