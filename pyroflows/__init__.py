@@ -3,16 +3,37 @@
 from . import diagnostics, flows, transforms
 from .distributions import Flow
 from .flows import flow, register_flow
-from .guides import AutoFlow, AutoIAF, AutoMAF, AutoNICE, AutoRealNVP, AutoSpline
+from .guides import (
+    AutoBlockAutoregressive,
+    AutoCNF,
+    AutoFlow,
+    AutoIAF,
+    AutoMAF,
+    AutoNeuralAutoregressive,
+    AutoNICE,
+    AutoPlanar,
+    AutoRadial,
+    AutoRealNVP,
+    AutoResidual,
+    AutoSpline,
+    AutoSylvester,
+)
 from .svi import VariationalPosterior, fit, load, to_arviz
 
 __all__ = [
+    "AutoBlockAutoregressive",
+    "AutoCNF",
     "AutoFlow",
     "AutoIAF",
     "AutoMAF",
     "AutoNICE",
+    "AutoNeuralAutoregressive",
+    "AutoPlanar",
+    "AutoRadial",
     "AutoRealNVP",
+    "AutoResidual",
     "AutoSpline",
+    "AutoSylvester",
     "Flow",
     "VariationalPosterior",
     "diagnostics",

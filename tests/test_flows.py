@@ -185,7 +185,7 @@ def mirrored() -> Iterator[str]:
 
     pf.register_flow(FlowSpec("mirrored", mirror, True, True, paper=""))
     yield "mirrored"
-    del pf.flows._registry["mirrored"]
+    del pf.flows.registry._registry["mirrored"]
 
 
 def test_a_registered_flow_can_be_built(mirrored: str) -> None:

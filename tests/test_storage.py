@@ -357,7 +357,7 @@ def test_flows_of_the_users_own_registry_come_back(tmp_path: Path) -> None:
         result = posterior_of(gaussian, guide=guide)
         assert_same(result, round_trip(result, tmp_path))
     finally:
-        del pf.flows._registry[name]
+        del pf.flows.registry._registry[name]
 
 
 # What cannot be loaded

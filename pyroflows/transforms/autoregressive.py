@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ..nn import MaskedMLP
 from .base import FlowTransform
-from .coupling import check_order
-from .layout import batch_first, entries_first, parameter_planes, sum_entries
+from .layout import batch_first, check_order, entries_first, parameter_planes, sum_entries
 from .scalar import Affine, ScalarBijection
 from .spline import Spline
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..nn import MLP
 from .base import FlowTransform
-from .layout import batch_first, entries_first, parameter_planes, sum_entries
+from .layout import batch_first, check_order, entries_first, parameter_planes, sum_entries
 from .scalar import Affine, ScalarBijection, Shift
 from .spline import Spline
 
@@ -118,14 +118,6 @@ class Coupling(FlowTransform):
 
     def extra_repr(self) -> str:
         return f"{self.bijection}, {super().extra_repr()}, split_dim={self.split_dim}"
-
-
-def check_order(order: Sequence[int] | None, input_dim: int) -> list[int]:
-    """Return ``order`` as a list, the identity if ``None``; raise unless it is a permutation."""
-    result = list(range(input_dim)) if order is None else [*order]
-    if sorted(result) != list(range(input_dim)):
-        raise ValueError(f"order must be a permutation of 0 .. {input_dim - 1}, got {result}")
-    return result
 
 
 def additive_coupling(

@@ -1,6 +1,8 @@
-"""The memory layout in which scalar bijections work: entries first, the flattened batch last."""
+"""The order of entries, and the memory layout in which scalar bijections work."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,3 +29,11 @@ def parameter_planes(parameters: Tensor, num_parameters: int) -> Tensor:
 def sum_entries(log_derivative: Tensor, batch_shape: torch.Size) -> Tensor:
     """Turn log-derivatives ``(D, N)`` into log-determinants ``(*batch,)``."""
     return fold_batch(log_derivative.sum(0), batch_shape)
+
+
+def check_order(order: Sequence[int] | None, input_dim: int) -> list[int]:
+    """Return ``order`` as a list, the identity if ``None``; raise unless it is a permutation."""
+    result = list(range(input_dim)) if order is None else [*order]
+    if sorted(result) != list(range(input_dim)):
+        raise ValueError(f"order must be a permutation of 0 .. {input_dim - 1}, got {result}")
+    return result

@@ -1,4 +1,4 @@
-"""Autoguides built from flows: drop-in replacements for Pyro's own."""
+"""The autoguide of any flow."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import biject_to
 
-from . import flows
-from .distributions import Flow, standard_normal
-from .transforms import Compose, DiagonalAffine, FlowTransform, TriangularAffine
+from .. import flows
+from ..distributions import Flow, standard_normal
+from ..transforms import Compose, DiagonalAffine, FlowTransform, TriangularAffine
 
 Base: TypeAlias = (
     torch.distributions.Distribution | Callable[[int], torch.distributions.Distribution]
@@ -246,99 +246,6 @@ class AutoFlow(AutoContinuous):
         other.__dict__.update(copy.deepcopy(state, memo))
         other.__dict__.update({key: self.__dict__[key] for key in shared if key in self.__dict__})
         return other
-
-
-class AutoNICE(AutoFlow):
-    """Approximate a posterior by additive couplings, see :func:`pyroflows.flows.nice`.
-
-    Sampling and log-density take one pass. Takes the arguments of :class:`AutoFlow` but ``flow``.
-
-    Examples
-    --------
-    >>> import pyro
-    >>> def model():
-    ...     pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    >>> AutoNICE(model, num_layers=4)()["x"].shape
-    torch.Size([3])
-    """
-
-    def __init__(self, model: Callable, **options: Any) -> None:
-        super().__init__(model, flow="nice", **options)
-
-
-class AutoRealNVP(AutoFlow):
-    """Approximate a posterior by affine couplings, see :func:`pyroflows.flows.realnvp`.
-
-    Sampling and log-density take one pass. Takes the arguments of :class:`AutoFlow` but ``flow``.
-
-    Examples
-    --------
-    >>> import pyro
-    >>> def model():
-    ...     pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    >>> AutoRealNVP(model, num_layers=4)()["x"].shape
-    torch.Size([3])
-    """
-
-    def __init__(self, model: Callable, **options: Any) -> None:
-        super().__init__(model, flow="realnvp", **options)
-
-
-class AutoSpline(AutoFlow):
-    """Approximate a posterior by spline couplings, see :func:`pyroflows.flows.spline_coupling`.
-
-    Sampling and log-density take one pass. Takes the arguments of :class:`AutoFlow` but ``flow``.
-
-    Examples
-    --------
-    >>> import pyro
-    >>> def model():
-    ...     pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    >>> AutoSpline(model, num_layers=4, bins=6)()["x"].shape
-    torch.Size([3])
-    """
-
-    def __init__(self, model: Callable, **options: Any) -> None:
-        super().__init__(model, flow="spline_coupling", **options)
-
-
-class AutoIAF(AutoFlow):
-    """Approximate a posterior by inverse autoregressive flow, see :func:`pyroflows.flows.iaf`.
-
-    Sampling takes one pass; the log-density of values that were not just sampled takes ``D`` steps.
-    Takes the arguments of :class:`AutoFlow` but ``flow``.
-
-    Examples
-    --------
-    >>> import pyro
-    >>> def model():
-    ...     pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    >>> AutoIAF(model, num_layers=2)()["x"].shape
-    torch.Size([3])
-    """
-
-    def __init__(self, model: Callable, **options: Any) -> None:
-        super().__init__(model, flow="iaf", **options)
-
-
-class AutoMAF(AutoFlow):
-    """Approximate a posterior by masked autoregressive flow, see :func:`pyroflows.flows.maf`.
-
-    The log-density takes one pass; sampling, and so each step of variational inference, takes
-    ``D`` steps: prefer :class:`AutoIAF` unless the density at given values is what you need. Takes
-    the arguments of :class:`AutoFlow` but ``flow``.
-
-    Examples
-    --------
-    >>> import pyro
-    >>> def model():
-    ...     pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    >>> AutoMAF(model, num_layers=2)()["x"].shape
-    torch.Size([3])
-    """
-
-    def __init__(self, model: Callable, **options: Any) -> None:
-        super().__init__(model, flow="maf", **options)
 
 
 def _check_latent_sites(model: Callable, args: tuple, kwargs: Mapping) -> None:
