@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,23 @@ class Case:
     context_dim: int = 0
     near_identity: bool = True
     exact_log_det: bool = True
+    iterative: bool = False
+    traceable: bool = True
+    angles: bool = False
+
+    @property
+    def round_trip(self) -> dict[torch.dtype, float]:
+        return {torch.float32: 1e-4, torch.float64: 1e-8 if self.iterative else 1e-10}
+
+    @property
+    def log_det(self) -> dict[torch.dtype, float]:
+        if self.iterative:
+            return {torch.float32: 1e-3, torch.float64: 1e-6}
+        return {torch.float32: 1e-4, torch.float64: 1e-9}
+
+    def within(self, tolerance: float) -> float:
+        """Widen the tolerance of a comparison where answers are themselves solved for."""
+        return max(tolerance, 1e-7) if self.iterative else tolerance
 
     def flow(self, dtype: torch.dtype = torch.float64, noise: float = 0.1) -> FlowTransform:
         """Build the flow, with ``noise`` times standard normal draws added to its parameters."""
@@ -57,7 +75,8 @@ class Case:
     def inputs(
         self, *batch: int, dtype: torch.dtype = torch.float64, scale: float = 3.0, seed: int = 1
     ) -> Tensor:
-        return scale * normal(*batch, self.input_dim, seed=seed).to(dtype)
+        x = scale * normal(*batch, self.input_dim, seed=seed)
+        return (torch.remainder(x + math.pi, 2 * math.pi) - math.pi if self.angles else x).to(dtype)
 
     def context(self, *batch: int, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor:
         return normal(*batch, self.context_dim, seed=seed).to(dtype)
@@ -93,13 +112,17 @@ def registered(name: str, input_dim: int, context_dim: int = 0, **options: Any) 
 
 def _registered_cases() -> Iterator[Case]:
     for name in pf.flows.names():
+        spec = pf.flows.spec(name)
         for input_dim, context_dim in SIZES:
             yield Case(
                 f"{name}-{input_dim}-{context_dim}",
                 lambda name=name, D=input_dim, C=context_dim: registered(name, D, C, **SMALL),
                 input_dim,
                 context_dim,
-                exact_log_det=pf.flows.spec(name).exact_log_det,
+                exact_log_det=spec.exact_log_det,
+                iterative=not spec.closed_form_inverse,
+                traceable=spec.traceable,
+                angles=spec.support == "circle",
             )
 
 

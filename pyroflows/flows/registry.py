@@ -28,6 +28,8 @@ class FlowSpec:
     support
         The space of the events: ``"real"`` for all vectors, ``"circle"`` for vectors of angles in
         :math:`[-\pi, \pi)`.
+    traceable
+        Whether ``torch.jit.trace`` can record it: its control flow does not depend on its inputs.
     paper
         Where the architecture comes from.
     """
@@ -40,6 +42,7 @@ class FlowSpec:
     exact_log_det: bool = True
     closed_form_inverse: bool = True
     support: Literal["real", "circle"] = "real"
+    traceable: bool = True
 
 
 _registry: dict[str, FlowSpec] = {}
