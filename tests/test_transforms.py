@@ -159,19 +159,16 @@ def test_a_chain_of_nothing_is_refused() -> None:
 # Coupling
 
 
-def test_a_coupling_moves_only_the_second_part() -> None:
-    flow = perturb(Coupling(Affine(), 5, hidden_dims=(8,), split_dim=2, order=[3, 0, 4, 1, 2]), 0.5)
-    x = torch.randn(10, 5)
-    moved = (flow(x) != x).any(0)
-    assert moved.tolist() == [False, True, True, False, True]
-
-
-def test_a_coupling_reads_only_the_first_part() -> None:
-    flow = perturb(Coupling(Shift(), 5, hidden_dims=(8,), split_dim=2, order=[3, 0, 4, 1, 2]), 0.5)
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_coupling_moves_one_part_as_the_other_says(swap: bool) -> None:
+    flow = perturb(Coupling(Shift(), 5, hidden_dims=(8,), split_dim=2, swap=swap), 0.5)
+    first = torch.tensor([True, True, False, False, False])
+    kept = ~first if swap else first
     x = torch.randn(10, 5, requires_grad=True)
+    assert torch.equal((flow(x) != x).any(0), ~kept)
     reads = jacobian(flow(x) - x, x).abs().amax(0) > 0
-    assert reads.any(0).tolist() == [True, False, False, True, False]
-    assert reads.any(1).tolist() == [False, True, True, False, True]
+    assert torch.equal(reads.any(0), kept)
+    assert torch.equal(reads.any(1), ~kept)
 
 
 @pytest.mark.parametrize("split_dim", [-1, 0, 4, 5])
@@ -213,12 +210,11 @@ def test_every_entry_depends_on_the_context() -> None:
     assert (jacobian(y, context).abs().amax(0) > 0).all()
 
 
-@pytest.mark.parametrize("layer", [Coupling, Autoregressive])
 @pytest.mark.parametrize("order", [[0, 0, 1], [0, 1], [1, 2, 3]])
-def test_an_order_that_is_no_permutation_is_refused(layer: type, order: list[int]) -> None:
+def test_an_order_that_is_no_permutation_is_refused(order: list[int]) -> None:
     message = rf"order must be a permutation of 0 \.\. 2, got \[{', '.join(map(str, order))}\]"
     with pytest.raises(ValueError, match=message):
-        layer(Affine(), 3, order=order)
+        Autoregressive(Affine(), 3, order=order)
 
 
 @pytest.mark.parametrize("hidden_dims", [(), (8, 0)])

@@ -14,6 +14,7 @@ from ..transforms import (
     Coupling,
     Elementwise,
     FlowTransform,
+    Permutation,
     ScalarBijection,
     Scale,
     Shift,
@@ -112,28 +113,27 @@ def coupling_stack(
     hidden_dims: Sequence[int],
     activation: type[nn.Module],
 ) -> list[FlowTransform]:
-    """Build couplings in pairs that move complementary halves, split anew for each pair."""
+    """Build couplings in pairs that move complementary parts, split anew for each pair."""
     check_num_layers(num_layers)
     if input_dim == 1:
         return elementwise_stack(bijection, context_dim, num_layers, hidden_dims, activation)
-    split_dim = input_dim // 2
     layers: list[FlowTransform] = []
+    order = natural = list(range(input_dim))
     for i in range(num_layers):
-        order = _shuffled(input_dim, seed=i // 2)
-        if i % 2:
-            order = order[split_dim:] + order[:split_dim]
+        if i % 2 == 0:
+            previous, order = order, _shuffled(input_dim, seed=i // 2)
+            layers += _reordering(previous, order)
         layers.append(
             Coupling(
                 bijection,
                 input_dim,
                 context_dim,
                 hidden_dims,
-                split_dim=input_dim - split_dim if i % 2 else split_dim,
-                order=order,
+                swap=i % 2 == 1,
                 activation=activation,
             )
         )
-    return layers
+    return layers + _reordering(order, natural)
 
 
 def _shuffled(input_dim: int, seed: int) -> list[int]:
@@ -142,6 +142,13 @@ def _shuffled(input_dim: int, seed: int) -> list[int]:
     if seed:
         random.Random(seed).shuffle(order)
     return order
+
+
+def _reordering(present: list[int], wanted: list[int]) -> list[Permutation]:
+    """Return the permutation that takes one order of the entries to another, if they differ."""
+    if present == wanted:
+        return []
+    return [Permutation([present.index(entry) for entry in wanted])]
 
 
 register_flow(FlowSpec("nice", nice, fast_forward=True, fast_inverse=True, paper="arXiv:1410.8516"))

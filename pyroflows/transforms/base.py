@@ -14,7 +14,7 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from .memory import Memory, OptimizerSteps
+from .memory import Memory, OptimizerSteps, tensors_of
 
 
 def _checked(method: Callable) -> Callable:
@@ -191,7 +191,7 @@ class FlowTransform(TransformModule):
         fingerprint = self._fingerprint(x, y) if self._cache_size else None
         memory = Memory(x, y, log_det, fingerprint or (), ())
         if fingerprint is not None:
-            storages = tuple(t.untyped_storage() for t in (*self.parameters(), *self.buffers()))
+            storages = tuple(t.untyped_storage() for t in tensors_of(self))
             memory = memory._replace(storages=storages)
             self._memory = memory
             if not torch.jit.is_tracing():
@@ -215,7 +215,7 @@ class FlowTransform(TransformModule):
         try:
             stamps = tuple(
                 (id(t), t._version, t.data_ptr(), t.requires_grad)
-                for t in (x, y, *self.parameters(), *self.buffers())
+                for t in (x, y, *tensors_of(self))
             )
         except RuntimeError:  # inference tensors and torch.func wrappers have no version or storage
             return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..nn import MLP
 from .base import FlowTransform
-from .layout import batch_first, check_order, entries_first, parameter_planes, sum_entries
+from .layout import batch_first, entries_first, parameter_planes, sum_entries
 from .scalar import Affine, ScalarBijection, Shift
 from .spline import Spline
 
@@ -36,16 +36,17 @@ class Coupling(FlowTransform):
     hidden_dims
         Sizes of the hidden layers of the network.
     split_dim
-        Number of entries in :math:`A`. Default: half of them.
-    order
-        A permutation of the entries whose first ``split_dim`` form :math:`A`. Default: as they are.
+        Number of entries in the first part. Default: half of them.
+    swap
+        By default the first part is :math:`A` and the last part moves; with ``swap`` the first part
+        moves as the last one says. Stack layers of both kinds, with permutations between pairs.
     activation
         A class of activation modules for the network.
 
     Raises
     ------
     ValueError
-        If ``order`` is no permutation or ``split_dim`` leaves nothing to move or to depend on.
+        If ``split_dim`` leaves nothing to move or to depend on.
 
     References
     ----------
@@ -63,9 +64,6 @@ class Coupling(FlowTransform):
     True
     """
 
-    order: Tensor
-    inverse_order: Tensor
-
     def __init__(
         self,
         bijection: ScalarBijection,
@@ -73,23 +71,24 @@ class Coupling(FlowTransform):
         context_dim: int = 0,
         hidden_dims: Sequence[int] = (64, 64),
         split_dim: int | None = None,
-        order: Sequence[int] | None = None,
+        swap: bool = False,
         activation: type[nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__(input_dim, context_dim)
         split_dim = input_dim // 2 if split_dim is None else split_dim
-        if not (0 if context_dim else 1) <= split_dim < input_dim:
+        sizes = (split_dim, input_dim - split_dim)
+        kept_dim, moved_dim = sizes[::-1] if swap else sizes
+        if moved_dim < 1 or kept_dim < (0 if context_dim else 1):
             raise ValueError(
                 f"split_dim must leave entries to move and to depend on, got {split_dim} of "
                 f"input_dim {input_dim}"
             )
         self.bijection = bijection
-        self.split_dim = split_dim
-        order = check_order(order, input_dim)
-        self.register_buffer("order", torch.tensor(order), persistent=False)
-        self.register_buffer("inverse_order", self.order.argsort(), persistent=False)
-        num_outputs = bijection.num_parameters * (input_dim - split_dim)
-        self.network = MLP(split_dim, num_outputs, hidden_dims, context_dim, activation)
+        self.sizes = sizes
+        self.kept_dim = kept_dim
+        self.swap = swap
+        num_outputs = bijection.num_parameters * moved_dim
+        self.network = MLP(kept_dim, num_outputs, hidden_dims, context_dim, activation)
 
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None
@@ -105,19 +104,19 @@ class Coupling(FlowTransform):
         self, direction: Callable, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         batch_shape = x.shape[:-1]
-        rows = entries_first(x).index_select(0, self.order)
-        kept, moved = rows.split([self.split_dim, self.event_shape[0] - self.split_dim])
+        first, last = entries_first(x).split(self.sizes)
+        kept, moved = (last, first) if self.swap else (first, last)
         parameters = self.network(batch_first(kept, batch_shape), context)
-        if not self.split_dim:
+        if not self.kept_dim:
             parameters = parameters.expand(*batch_shape, parameters.shape[-1])
         moved, log_derivative = direction(
             moved, parameter_planes(parameters, self.bijection.num_parameters)
         )
-        rows = torch.cat([kept, moved]).index_select(0, self.inverse_order)
+        rows = torch.cat([moved, kept] if self.swap else [kept, moved])
         return batch_first(rows, batch_shape), sum_entries(log_derivative, batch_shape)
 
     def extra_repr(self) -> str:
-        return f"{self.bijection}, {super().extra_repr()}, split_dim={self.split_dim}"
+        return f"{self.bijection}, {super().extra_repr()}, sizes={self.sizes}, swap={self.swap}"
 
 
 def additive_coupling(

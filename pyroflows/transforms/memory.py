@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
@@ -19,6 +20,20 @@ class Memory(NamedTuple):
     log_det: Tensor
     fingerprint: tuple
     storages: tuple
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Yield the parameters and buffers of a module and its parts, shared ones repeatedly.
+
+    Asked at every call of a flow: `Module.parameters`, which looks for repetitions, takes three
+    times as long.
+    """
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None:
+            yield tensor
+    for part in module._modules.values():
+        if part is not None:
+            yield from tensors_of(part)
 
 
 class OptimizerSteps:

@@ -72,7 +72,7 @@ class Scale(ScalarBijection):
         return x * log_scale.exp(), log_scale
 
     def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale = -_soft_bound(parameters[0], self.log_scale_bound)
+        log_scale = _soft_bound(parameters[0], self.log_scale_bound, sign=-1)
         return y * log_scale.exp(), log_scale
 
 
@@ -102,12 +102,11 @@ class Affine(ScalarBijection):
 
     def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = parameters.unbind(0)
-        log_scale = -_soft_bound(raw, self.log_scale_bound)
+        log_scale = _soft_bound(raw, self.log_scale_bound, sign=-1)
         return (y - shift) * log_scale.exp(), log_scale
 
 
-def _soft_bound(raw: Tensor, bound: float) -> Tensor:
-    # As a tensor because torch makes one of a number at each use, which takes longer than the
-    # arithmetic on the few numbers of a step of an autoregressive inverse.
-    limit = raw.new_full((), bound)
-    return torch.tanh(raw / limit) * limit
+def _soft_bound(raw: Tensor, bound: float, sign: int = 1) -> Tensor:
+    # c tanh(r / c) = -c + 2 c sigmoid(2 r / c): torch takes a third of the time for the latter.
+    sigmoid = torch.sigmoid(raw * (sign * 2 / bound))
+    return torch.add(raw.new_full((), -bound), sigmoid, alpha=2 * bound)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..base import FlowTransform
-from ..layout import check_order
+from ..layout import batch_first, check_order, entries_first
 
 
 class Permutation(FlowTransform):
@@ -31,18 +32,29 @@ class Permutation(FlowTransform):
     """
 
     permutation: Tensor
+    inverse_permutation: Tensor
 
     def __init__(self, permutation: Sequence[int]) -> None:
         super().__init__(len(permutation))
         order = check_order(permutation, len(permutation))
         self.register_buffer("permutation", torch.tensor(order))
+        self.register_buffer("inverse_permutation", self.permutation.argsort(), persistent=False)
 
     def forward_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x.index_select(-1, self.permutation), x.new_zeros(x.shape[:-1])
+        return self._reorder(x, self.permutation)
 
     def inverse_and_log_det(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        # From the stored permutation, so that it is right after `load_state_dict` too.
-        return y.index_select(-1, self.permutation.argsort()), y.new_zeros(y.shape[:-1])
+        return self._reorder(y, self.inverse_permutation)
+
+    @staticmethod
+    def _reorder(x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        batch_shape = x.shape[:-1]
+        rows = entries_first(x).index_select(0, order)
+        return batch_first(rows, batch_shape), x.new_zeros(batch_shape)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.inverse_permutation.copy_(self.permutation.argsort())
 
 
 def permute(input_dim: int, permutation: Sequence[int] | None = None) -> Permutation:
