@@ -9,10 +9,10 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .mlp import activate, check_hidden_dims, features_first_linear, in_place, start_near_zero
+from .layout import batch_first, entries_first
+from .mlp import activate, check_hidden_dims, in_place, linear_rows, spread, start_near_zero
 
 # With the block's own units, 8 steps keep the small products as cheap as their overhead.
 _STEPS_PER_BLOCK = 8
@@ -95,16 +95,22 @@ class MaskedMLP(nn.Module):
         self.register_buffer("output_mask", output_mask, persistent=False)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return parameters ``(*batch, P * D)``, plane by plane, laid out features first."""
+        """Return parameters ``(*batch, P * D)``, plane by plane."""
+        batch_shape = x.shape[:-1]
+        return batch_first(self.rows(entries_first(x), context, batch_shape), batch_shape)
+
+    def rows(self, x: Tensor, context: Tensor | None, batch_shape: Sequence[int]) -> Tensor:
+        """Return parameters ``(P * D, N)`` of inputs ``(D, N)``, a column an event.
+
+        ``batch_shape``, of ``N`` elements, is what the batch shape of the context broadcasts to.
+        """
         hidden = x
         for i, (layer, mask) in enumerate(self._masked_layers()):
-            hidden = F.linear(hidden, layer.weight * mask, layer.bias)
+            hidden = linear_rows(hidden, layer.weight * mask, layer.bias)
             if i == 0 and self.context is not None:
-                hidden = hidden + self.context(context)
+                hidden = hidden + spread(self.context(context), batch_shape)
             hidden = activate(self.activation, hidden)
-        return features_first_linear(
-            hidden, self.output.weight * self.output_mask, self.output.bias
-        )
+        return linear_rows(hidden, self.output.weight * self.output_mask, self.output.bias)
 
     def fill_in(
         self,

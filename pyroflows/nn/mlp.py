@@ -7,8 +7,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .layout import batch_first, entries_first
 
 # Activations whose gradient needs nothing but their own result.
 _IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
@@ -66,15 +67,33 @@ class MLP(nn.Module):
         start_near_zero(self.output)
 
     def forward(self, x: Tensor | None, context: Tensor | None = None) -> Tensor:
-        """Return outputs of shape ``(*batch, out_features)``, laid out features first in memory."""
-        hidden: Any = None if self.input is None else self.input(x)
+        """Return outputs ``(*batch, out_features)``, with ``x`` of shape ``(*batch, in_features)``.
+
+        Without an input, ``batch`` is that of the context.
+        """
+        source: Any = context if x is None else x
+        batch_shape = source.shape[:-1]
+        rows = None if x is None else entries_first(x)
+        return batch_first(self.rows(rows, context, batch_shape), batch_shape)
+
+    def rows(self, x: Tensor | None, context: Tensor | None, batch_shape: Sequence[int]) -> Tensor:
+        """Return outputs ``(out_features, N)`` of inputs ``(in_features, N)``, a column an event.
+
+        ``batch_shape``, of ``N`` elements, is what the batch shape of the context broadcasts to.
+        """
+        if self.input is None:
+            outputs = self._outputs(entries_first(self.context(context)))
+            return spread(batch_first(outputs, context.shape[:-1]), batch_shape)
+        hidden = linear_rows(x, self.input.weight, self.input.bias)
         if self.context is not None:
-            from_context = self.context(context)
-            hidden = from_context if hidden is None else hidden + from_context
+            hidden = hidden + spread(self.context(context), batch_shape)
+        return self._outputs(hidden)
+
+    def _outputs(self, hidden: Tensor) -> Tensor:
         hidden = activate(self.activation, hidden)
         for layer in self.hidden:
-            hidden = activate(self.activation, layer(hidden))
-        return features_first_linear(hidden, self.output.weight, self.output.bias)
+            hidden = activate(self.activation, linear_rows(hidden, layer.weight, layer.bias))
+        return linear_rows(hidden, self.output.weight, self.output.bias)
 
 
 def activate(activation: nn.Module, fresh: Tensor) -> Tensor:
@@ -94,24 +113,20 @@ def in_place(activation: nn.Module) -> Callable[[Tensor], Tensor]:
     return _IN_PLACE.get(type(activation), lambda x: x.copy_(activation(x)))
 
 
-def features_first_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Apply a linear layer; same result as ``F.linear``, laid out features first in memory.
+def linear_rows(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply a linear layer to columns: ``(in_features, N)`` to ``(out_features, N)``.
 
     Element-wise flows work on whole planes of parameters, one plane per output: with this layout
     each plane is contiguous.
     """
-    if torch.jit.is_tracing():  # TorchScript's rewriting of addmm mistakes the transposes
-        return F.linear(x, weight, bias)
-    batch_shape = x.shape[:-1]
-    flat = fold_batch(x, (batch_shape.numel(), x.shape[-1]))
-    rows = torch.addmm(bias.unsqueeze(-1), weight, flat.T)
-    return fold_batch(rows.T, (*batch_shape, weight.shape[0]))
+    if torch.jit.is_tracing():  # TorchScript's rewriting of addmm mistakes the broadcast bias
+        return torch.matmul(weight, rows) + bias.unsqueeze(-1)
+    return torch.addmm(bias.unsqueeze(-1), weight, rows)
 
 
-def fold_batch(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Reshape the batch of a tensor; with as many dimensions as before, it has that shape."""
-    # Autograd would record a step for a reshape that does nothing: 3 % of a training step.
-    return x if x.dim() == len(shape) else x.reshape(shape)
+def spread(features: Tensor, batch_shape: Sequence[int]) -> Tensor:
+    """Broadcast features ``(*batch, F)`` to a batch shape of ``N`` elements: ``(F, N)``."""
+    return entries_first(features.expand(*batch_shape, features.shape[-1]))
 
 
 def start_near_zero(layer: nn.Linear) -> None:

@@ -85,8 +85,9 @@ class Autoregressive(FlowTransform):
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         batch_shape = x.shape[:-1]
+        rows = entries_first(x)
         y, log_derivative = self.bijection.forward(
-            entries_first(x), self._parameters_of(x, context)
+            rows, self._parameters_of(rows, context, batch_shape)
         )
         return batch_first(y, batch_shape), sum_entries(log_derivative, batch_shape)
 
@@ -106,8 +107,11 @@ class Autoregressive(FlowTransform):
         sources = (y, *self.parameters(), *(() if context is None else (context,)))
         return torch.is_grad_enabled() and any(source.requires_grad for source in sources)
 
-    def _parameters_of(self, x: Tensor, context: Tensor | None) -> Tensor:
-        return parameter_planes(self.network(x, context), self.bijection.num_parameters)
+    def _parameters_of(
+        self, rows: Tensor, context: Tensor | None, batch_shape: Sequence[int]
+    ) -> Tensor:
+        parameters = self.network.rows(rows, context, batch_shape)
+        return parameter_planes(parameters, self.bijection.num_parameters)
 
     def _fill_in(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         batch_shape = y.shape[:-1]
@@ -122,11 +126,12 @@ class Autoregressive(FlowTransform):
 
         A traced program can record these; it cannot record the custom gradient.
         """
-        x = y
+        batch_shape, target = y.shape[:-1], entries_first(y)
+        rows = target
         for _ in range(self.event_shape[0]):
-            rows, _ = self.bijection.inverse(entries_first(y), self._parameters_of(x, context))
-            x = batch_first(rows, y.shape[:-1])
-        return x
+            parameters = self._parameters_of(rows, context, batch_shape)
+            rows, _ = self.bijection.inverse(target, parameters)
+        return batch_first(rows, batch_shape)
 
     def _attach_gradient(self, x: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
         r"""Give the solution of :math:`f_\theta(x) = y` its gradient by implicit differentiation.
@@ -134,12 +139,12 @@ class Autoregressive(FlowTransform):
         To first order :math:`x = x_0 + J^{-1} (y - f_\theta(x_0))`: the bracket's value is zero,
         its gradients with respect to :math:`y`, :math:`\theta` and the context are not.
         """
+        batch_shape = y.shape[:-1]
         leaf = x.detach().requires_grad_()
-        rows, log_derivative = self.bijection.forward(
-            entries_first(x), self._parameters_of(leaf, context)
-        )
-        image = batch_first(rows, y.shape[:-1])
-        slope = batch_first(log_derivative.detach().exp(), y.shape[:-1])
+        parameters = self._parameters_of(entries_first(leaf), context, batch_shape)
+        rows, log_derivative = self.bijection.forward(entries_first(x), parameters)
+        image = batch_first(rows, batch_shape)
+        slope = batch_first(log_derivative.detach().exp(), batch_shape)
         return _ImplicitSolution.apply(y - image, x, leaf, image, slope)
 
     def extra_repr(self) -> str:

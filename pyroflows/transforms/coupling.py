@@ -106,9 +106,7 @@ class Coupling(FlowTransform):
         batch_shape = x.shape[:-1]
         first, last = entries_first(x).split(self.sizes)
         kept, moved = (last, first) if self.swap else (first, last)
-        parameters = self.network(batch_first(kept, batch_shape), context)
-        if not self.kept_dim:
-            parameters = parameters.expand(*batch_shape, parameters.shape[-1])
+        parameters = self.network.rows(kept if self.kept_dim else None, context, batch_shape)
         moved, log_derivative = direction(
             moved, parameter_planes(parameters, self.bijection.num_parameters)
         )

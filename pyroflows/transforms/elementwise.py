@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import MLP
+from ..nn.mlp import spread
 from .base import FlowTransform
 from .layout import batch_first, entries_first, parameter_planes, sum_entries
 from .scalar import ScalarBijection
@@ -72,8 +73,10 @@ class Elementwise(FlowTransform):
         self, direction: Callable, x: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         batch_shape = x.shape[:-1]
-        parameters = self.parameter if context is None else self.network(None, context)
-        parameters = parameters.expand(*batch_shape, parameters.shape[-1])
+        if context is None:
+            parameters = spread(self.parameter, batch_shape)
+        else:
+            parameters = self.network.rows(None, context, batch_shape)
         y, log_derivative = direction(
             entries_first(x), parameter_planes(parameters, self.bijection.num_parameters)
         )

@@ -1,4 +1,4 @@
-"""The order of entries, and the memory layout in which scalar bijections work."""
+"""What couplings, autoregressive and elementwise flows share: parameters, sums and orders."""
 
 from __future__ import annotations
 
@@ -7,22 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..nn.mlp import fold_batch
+from ..nn.layout import batch_first, entries_first, fold_batch
+
+__all__ = ["batch_first", "check_order", "entries_first", "parameter_planes", "sum_entries"]
 
 
-def entries_first(x: Tensor) -> Tensor:
-    """Turn ``(*batch, D)`` into ``(D, N)``."""
-    return fold_batch(x, (x.shape[:-1].numel(), x.shape[-1])).T
-
-
-def batch_first(rows: Tensor, batch_shape: torch.Size) -> Tensor:
-    """Turn ``(D, N)`` back into ``(*batch, D)``."""
-    return fold_batch(rows.T, (*batch_shape, rows.shape[0]))
-
-
-def parameter_planes(parameters: Tensor, num_parameters: int) -> Tensor:
-    """Turn a network's output ``(*batch, P * D)`` into ``(P, D, N)``."""
-    rows = entries_first(parameters)
+def parameter_planes(rows: Tensor, num_parameters: int) -> Tensor:
+    """Turn a network's outputs ``(P * D, N)`` into ``(P, D, N)``."""
     return rows.reshape(num_parameters, rows.shape[0] // num_parameters, rows.shape[1])
 
 
