@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 MAX_ITERATIONS = 200
-_UNROLLED_ITERATIONS = 40  # where nothing can be tested: bisection alone would gain 12 digits
+_TRACED_ITERATIONS = 40  # where nothing can be tested: bisection alone would gain 12 digits
 
 
 class ConvergenceError(RuntimeError):
@@ -53,29 +53,42 @@ def solve_increasing(
     >>> solve_increasing(cube, torch.tensor([8.0, 27.0]), torch.zeros(2), torch.full((2,), 9.0))
     tensor([2., 3.])
     """
-    tolerance = 4 * torch.finfo(target.dtype).eps
-    x = (lower + upper) / 2
+    eps = torch.finfo(target.dtype).eps
+    solved = target.isnan()
+    x = torch.where(solved, target, (lower + upper) / 2)
     previous_step = upper - lower
-    unrolled = target.is_meta or torch.jit.is_tracing()
-    for _ in range(_UNROLLED_ITERATIONS if unrolled else MAX_ITERATIONS):
+    untested = target.is_meta or torch.jit.is_tracing()
+    for _ in range(num_iterations(target)):
         value, slope = function(x)
         residual = value - target
         lower = torch.where(residual <= 0, x, lower)
         upper = torch.where(residual >= 0, x, upper)
         newton = x - residual / slope
-        trusted = (newton >= lower) & (newton <= upper)
-        trusted &= (newton - x).abs() <= previous_step.abs() / 2
-        proposal = torch.where(trusted, newton, (lower + upper) / 2)
-        previous_step, x = proposal - x, proposal
-        if not unrolled and _all_small(previous_step, x, target, tolerance):
+        unit, size = eps * (1 + x.abs()), (newton - x).abs()
+        inside = (newton >= lower) & (newton <= upper)
+        halves = size <= previous_step.abs() / 2
+        # Near a solution steps halve until they are rounding; a bisection then would throw the
+        # entry far away again, and a solved one must not move while others go on.
+        solved = solved | (inside & ~halves & (size <= 100 * unit))
+        step = torch.where(inside & halves, newton, (lower + upper) / 2) - x
+        previous_step = torch.where(solved, 0.0, step)
+        x = x + previous_step
+        solved = solved | ((previous_step.abs() <= 4 * unit) & residual.isfinite())
+        if not untested and bool(solved.all()):
             return x
-    if unrolled:
+    if untested:
         return x
     raise ConvergenceError(
-        f"{int((~_small(previous_step, x, target, tolerance)).sum())} of {x.numel()} equations are "
-        f"not solved after {MAX_ITERATIONS} iterations; the parameters or inputs may be too large "
-        "for their dtype: try float64"
+        f"{int((~solved).sum())} of {x.numel()} equations are not solved after {MAX_ITERATIONS} "
+        "iterations; the parameters or inputs may be too large for their dtype: try float64"
     )
+
+
+def num_iterations(like: Tensor) -> int:
+    """Return how many iterations a solve may take, or takes where convergence cannot be tested."""
+    if like.is_meta:
+        return 1
+    return _TRACED_ITERATIONS if torch.jit.is_tracing() else MAX_ITERATIONS
 
 
 def with_implicit_gradient(
@@ -105,11 +118,3 @@ def with_implicit_gradient(
     tensor(0.1667)
     """
     return solution - (value - target) / slope.detach()
-
-
-def _small(step: Tensor, x: Tensor, target: Tensor, tolerance: float) -> Tensor:
-    return (step.abs() <= tolerance * (1 + x.abs())) | target.isnan()
-
-
-def _all_small(step: Tensor, x: Tensor, target: Tensor, tolerance: float) -> bool:
-    return bool(_small(step, x, target, tolerance).all())
