@@ -46,7 +46,8 @@ class Autoregressive(FlowTransform):
     Raises
     ------
     ValueError
-        If ``order`` is no permutation, or ``input_dim`` is 1 without a context.
+        If ``order`` is no permutation, ``input_dim`` is 1 without a context, or ``bijection`` acts
+        on angles.
 
     References
     ----------
@@ -75,6 +76,11 @@ class Autoregressive(FlowTransform):
         activation: type[nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__(input_dim, context_dim)
+        if bijection.num_features != 1:
+            raise ValueError(
+                f"bijection must act on ordinary numbers, got {bijection}: its networks read "
+                f"{bijection.num_features} features of each; use Coupling or Elementwise"
+            )
         self.bijection = bijection
         order = check_order(order, input_dim)
         self.network = MaskedMLP(

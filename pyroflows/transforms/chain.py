@@ -25,7 +25,7 @@ class Chain(ScalarBijection):
     Raises
     ------
     ValueError
-        If there are none.
+        If there are none, or some act on angles and others on ordinary numbers.
 
     Examples
     --------
@@ -39,8 +39,18 @@ class Chain(ScalarBijection):
     def __init__(self, *bijections: ScalarBijection) -> None:
         if not bijections:
             raise ValueError("bijections must hold at least one scalar bijection, got none")
+        if len({bijection.num_features for bijection in bijections}) > 1:
+            raise ValueError(
+                "bijections must all act on angles or all on ordinary numbers, got "
+                f"{', '.join(map(repr, bijections))}"
+            )
         self.bijections = bijections
+        self.num_features = bijections[0].num_features
+        self.domain = bijections[0].domain
         self.num_parameters = sum(bijection.num_parameters for bijection in bijections)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.bijections[0].features(x)
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         log_derivatives = []

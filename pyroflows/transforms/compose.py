@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from .base import FlowTransform
 
@@ -48,6 +49,14 @@ class Compose(FlowTransform):
             raise ValueError(f"parts must agree in context_dim, got {sorted(contexts)}")
         super().__init__(parts[0].event_shape, max(contexts, default=0), cache_size)
         self.parts = nn.ModuleList(parts)
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return self[0].domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:
+        return self[-1].codomain
 
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from ..nn import MLP
 from .base import FlowTransform
@@ -88,7 +89,12 @@ class Coupling(FlowTransform):
         self.kept_dim = kept_dim
         self.swap = swap
         num_outputs = bijection.num_parameters * moved_dim
-        self.network = MLP(kept_dim, num_outputs, hidden_dims, context_dim, activation)
+        num_inputs = bijection.num_features * kept_dim
+        self.network = MLP(num_inputs, num_outputs, hidden_dims, context_dim, activation)
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return constraints.independent(self.bijection.domain, 1)
 
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None
@@ -106,7 +112,8 @@ class Coupling(FlowTransform):
         batch_shape = x.shape[:-1]
         first, last = entries_first(x).split(self.sizes)
         kept, moved = (last, first) if self.swap else (first, last)
-        parameters = self.network.rows(kept if self.kept_dim else None, context, batch_shape)
+        features = self.bijection.features(kept) if self.kept_dim else None
+        parameters = self.network.rows(features, context, batch_shape)
         moved, log_derivative = direction(
             moved, parameter_planes(parameters, self.bijection.num_parameters)
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from ..nn import MLP
 from ..nn.mlp import spread
@@ -58,6 +59,10 @@ class Elementwise(FlowTransform):
             self.network = MLP(0, size, hidden_dims, context_dim, activation)
         else:
             self.parameter = nn.Parameter(torch.zeros(size))
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return constraints.independent(self.bijection.domain, 1)
 
     def forward_and_log_det(
         self, x: Tensor, context: Tensor | None = None

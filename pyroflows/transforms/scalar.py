@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 
 class ScalarBijection:
@@ -19,6 +20,12 @@ class ScalarBijection:
     """
 
     num_parameters: int
+    num_features = 1
+    domain: constraints.Constraint = constraints.real
+
+    def features(self, x: Tensor) -> Tensor:
+        """Turn numbers ``(n, N)`` into what networks read: ``(num_features * n, N)``."""
+        return x
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``x`` to ``y``; return ``y`` and ``log dy/dx``, both of shape ``S``."""
@@ -68,11 +75,11 @@ class Scale(ScalarBijection):
     num_parameters = 1
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale = _soft_bound(parameters[0], self.log_scale_bound)
+        log_scale = soft_bound(parameters[0], self.log_scale_bound)
         return x * log_scale.exp(), log_scale
 
     def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        log_scale = _soft_bound(parameters[0], self.log_scale_bound, sign=-1)
+        log_scale = soft_bound(parameters[0], self.log_scale_bound, sign=-1)
         return y * log_scale.exp(), log_scale
 
 
@@ -97,16 +104,17 @@ class Affine(ScalarBijection):
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = parameters.unbind(0)
-        log_scale = _soft_bound(raw, self.log_scale_bound)
+        log_scale = soft_bound(raw, self.log_scale_bound)
         return torch.addcmul(shift, x, log_scale.exp()), log_scale
 
     def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = parameters.unbind(0)
-        log_scale = _soft_bound(raw, self.log_scale_bound, sign=-1)
+        log_scale = soft_bound(raw, self.log_scale_bound, sign=-1)
         return (y - shift) * log_scale.exp(), log_scale
 
 
-def _soft_bound(raw: Tensor, bound: float, sign: int = 1) -> Tensor:
+def soft_bound(raw: Tensor, bound: float, sign: int = 1) -> Tensor:
+    """Return ``sign * bound * tanh(raw / bound)``."""
     # c tanh(r / c) = -c + 2 c sigmoid(2 r / c): torch takes a third of the time for the latter.
     sigmoid = torch.sigmoid(raw * (sign * 2 / bound))
     return torch.add(raw.new_full((), -bound), sigmoid, alpha=2 * bound)

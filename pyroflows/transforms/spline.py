@@ -78,38 +78,53 @@ class Spline(ScalarBijection):
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         inside, x_inside = self._split(x)
-        bin = self._find_bin(x_inside, parameters, search=0)
-        xi = (x_inside - bin.x) / bin.width
-        y, log_slope = bin.evaluate(xi)
+        y, log_slope = self.forward_inside(x_inside, *self._knots(parameters))
         return torch.where(inside, y, x), torch.where(inside, log_slope, 0.0)
 
     def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         inside, y_inside = self._split(y)
-        bin = self._find_bin(y_inside, parameters, search=1)
-        xi = bin.solve(y_inside)
-        x = torch.addcmul(bin.x, xi, bin.width)
+        x, log_slope = self.inverse_inside(y_inside, *self._knots(parameters))
+        return torch.where(inside, x, y), torch.where(inside, log_slope, 0.0)
+
+    def forward_inside(
+        self, x: Tensor, raw_sizes: Tensor, raw_slopes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Map numbers of the box, given ``2 K`` raw sizes of bins and ``K + 1`` raw slopes."""
+        bin = self._find_bin(x, raw_sizes, raw_slopes, search=0)
+        return bin.evaluate((x - bin.x) / bin.width)
+
+    def inverse_inside(
+        self, y: Tensor, raw_sizes: Tensor, raw_slopes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Undo :meth:`forward_inside`."""
+        bin = self._find_bin(y, raw_sizes, raw_slopes, search=1)
+        xi = bin.solve(y)
         _, log_slope = bin.evaluate(xi)
-        return torch.where(inside, x, y), torch.where(inside, -log_slope, 0.0)
+        return torch.addcmul(bin.x, xi, bin.width), -log_slope
+
+    def _knots(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the raw sizes of the bins and the raw slopes at all knots, 0 at the outer ones."""
+        raw_sizes, raw_slopes = parameters.split([2 * self.bins, self.bins - 1])
+        end = torch.zeros_like(raw_slopes[:1])
+        return raw_sizes, torch.cat([end, raw_slopes, end])
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # Numbers outside the box are moved into it before the spline's arithmetic: their branch
         # is discarded by `where`, but would still send NaN gradients back through it.
         return x.abs() < self.bound, x.clamp(-self.bound, self.bound)
 
-    def _find_bin(self, value: Tensor, parameters: Tensor, search: int) -> _Bin:
+    def _find_bin(self, value: Tensor, raw_sizes: Tensor, raw_slopes: Tensor, search: int) -> _Bin:
         """Select the bin in which each value lies, along x (``search=0``) or y (``search=1``)."""
         # Only the search needs all knots, and no gradients. The bin's own are computed from what
         # lies before it; `split` and `unbind` because gradients of indices fill whole tensors.
         K = self.bins
-        raw_sizes, raw_slopes = parameters.split([2 * K, K - 1])
         sizes = self._sizes(raw_sizes.unflatten(0, (2, K)))
         passed = value >= sizes.detach()[search, :-1].cumsum(0) - self.bound
         index = passed.sum(0, keepdim=True)
         before, _ = sizes.split([K - 1, 1], dim=1)
         x, y = (torch.where(passed, before, 0.0).sum(1) - self.bound).unbind(0)
         width, height = sizes.gather(1, index.expand(2, *index.shape)).squeeze(1).unbind(0)
-        end = torch.zeros_like(raw_slopes[:1])
-        slopes = torch.cat([end, raw_slopes, end]).gather(0, torch.cat([index, index + 1]))
+        slopes = raw_slopes.gather(0, torch.cat([index, index + 1]))
         return _Bin(x, width, y, height, *self._slopes(slopes).unbind(0))
 
     def _sizes(self, raw: Tensor) -> Tensor:
