@@ -14,7 +14,7 @@ from pyroflows.distributions import standard_normal
 from pyroflows.transforms import Coupling, FlowTransform, Spline
 from tests.batteries import SMALL, normal, perturb, registered
 
-NAMES = pf.flows.names()
+NAMES = [name for name in pf.flows.names() if pf.flows.spec(name).support == "real"]
 
 
 def gaussian(size: int) -> dist.Distribution:
@@ -50,9 +50,9 @@ def grid(size: int, reach: float, points: int) -> tuple[Tensor, float]:
 
 @torch.no_grad()
 def test_density_on_the_line_integrates_to_one(name: str, base: Callable) -> None:
-    x, volume = grid(1, 60.0, 60_001)
-    density = pf.Flow(base(1), transform(name, 1)).log_prob(x).exp()
-    assert density.sum() * volume == pytest.approx(1.0, abs=1e-4)
+    u, width = grid(1, 7.0, 20_001)  # x = sinh(u): as far as heavy tails reach
+    density = pf.Flow(base(1), transform(name, 1)).log_prob(u.sinh()).exp()
+    assert (density * u.cosh().squeeze(-1)).sum() * width == pytest.approx(1.0, abs=1e-4)
 
 
 @torch.no_grad()
