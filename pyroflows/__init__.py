@@ -1,7 +1,7 @@
 """Normalizing flows for Bayesian inference in Pyro."""
 
-from . import diagnostics, flows, transforms
-from .distributions import Flow
+from . import diagnostics, distributions, flows, transforms
+from .distributions import Flow, FlowMixture
 from .flows import flow, register_flow
 from .guides import (
     AutoBlockAutoregressive,
@@ -35,8 +35,10 @@ __all__ = [
     "AutoSpline",
     "AutoSylvester",
     "Flow",
+    "FlowMixture",
     "VariationalPosterior",
     "diagnostics",
+    "distributions",
     "fit",
     "flow",
     "flows",

@@ -13,24 +13,40 @@ from torch import Tensor
 
 import pyroflows as pf
 from pyroflows.transforms import (
+    QR,
+    ActNorm,
     Affine,
     Autoregressive,
     Chain,
+    CircularSpline,
     Compose,
     Coupling,
+    DeepSigmoidal,
     DiagonalAffine,
     Elementwise,
     FlowTransform,
+    Orthogonal,
     Permutation,
     Scale,
     Shift,
     Spline,
+    SumOfSquares,
     TriangularAffine,
 )
 
 SMALL = {"num_layers": 2, "hidden_dims": (8, 8), "bins": 4}
 SIZES = ((5, 0), (4, 3), (2, 0), (1, 0), (1, 2))  # input_dim, context_dim
-BIJECTIONS = (Shift(), Scale(), Affine(), Spline(bins=4), Chain(Spline(bins=4), Affine()))
+BIJECTIONS = (
+    Shift(),
+    Scale(),
+    Affine(),
+    Spline(bins=4),
+    Chain(Spline(bins=4), Affine()),
+    CircularSpline(bins=4),
+    DeepSigmoidal(hidden_units=4),
+    SumOfSquares(degree=2, num_squares=2),
+)
+ITERATIVE = (DeepSigmoidal, SumOfSquares)
 BATCH_SHAPES = ((), (7,), (0,), (2, 3), (4, 1, 3))
 
 
@@ -76,7 +92,7 @@ class Case:
         self, *batch: int, dtype: torch.dtype = torch.float64, scale: float = 3.0, seed: int = 1
     ) -> Tensor:
         x = scale * normal(*batch, self.input_dim, seed=seed)
-        return (torch.remainder(x + math.pi, 2 * math.pi) - math.pi if self.angles else x).to(dtype)
+        return (wrapped(x) if self.angles else x).to(dtype)
 
     def context(self, *batch: int, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor:
         return normal(*batch, self.context_dim, seed=seed).to(dtype)
@@ -86,6 +102,11 @@ def normal(*shape: int, seed: int) -> Tensor:
     """Draw standard normal numbers that depend on nothing but the seed."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def wrapped(angles: Tensor) -> Tensor:
+    """Turn numbers into angles between -pi and pi."""
+    return torch.remainder(angles + math.pi, 2 * math.pi) - math.pi
 
 
 def perturb(flow: FlowTransform, noise: float) -> FlowTransform:
@@ -132,6 +153,8 @@ def _product_cases() -> Iterator[Case]:
             for input_dim, context_dim in SIZES:
                 if input_dim == 2 or (layer is not Elementwise and input_dim + context_dim == 1):
                     continue  # of the second, an entry that has nothing to depend on
+                if layer is Autoregressive and isinstance(bijection, CircularSpline):
+                    continue  # its network reads numbers, not angles
                 yield Case(
                     f"{layer.__name__}-{type(bijection).__name__}-{input_dim}-{context_dim}",
                     lambda layer=layer, g=bijection, D=input_dim, C=context_dim: layer(
@@ -139,6 +162,8 @@ def _product_cases() -> Iterator[Case]:
                     ),
                     input_dim,
                     context_dim,
+                    iterative=isinstance(bijection, ITERATIVE),
+                    angles=isinstance(bijection, CircularSpline),
                 )
 
 
@@ -149,6 +174,11 @@ def triangular(input_dim: int) -> TriangularAffine:
 
 def diagonal(input_dim: int) -> DiagonalAffine:
     return DiagonalAffine(torch.linspace(-1, 1, input_dim), torch.linspace(0.5, 2, input_dim))
+
+
+def rotation(input_dim: int, method: str) -> Compose:
+    """Follow a rotation by a rescaling: alone it has a log-determinant that nothing changes."""
+    return Compose([Orthogonal(input_dim, method), ActNorm(input_dim, initialized=True)])
 
 
 def coupling(input_dim: int, context_dim: int = 0, **options: Any) -> Coupling:
@@ -170,6 +200,11 @@ def _other_cases() -> Iterator[Case]:
         yield Case(f"Permutation-{D}", lambda D=D: Permutation([*range(1, D), 0]), D, 0, False)
         yield Case(f"TriangularAffine-{D}", lambda D=D: triangular(D), D, 0, False)
         yield Case(f"DiagonalAffine-{D}", lambda D=D: diagonal(D), D, 0, False)
+        yield Case(f"ActNorm-{D}", lambda D=D: ActNorm(D, initialized=True), D)
+        for method in ("householder", "exponential", "cayley"):
+            yield Case(f"Orthogonal-{method}-{D}", lambda D=D, m=method: rotation(D, m), D)
+    for D, C in SIZES:
+        yield Case(f"QR-{D}-{C}", lambda D=D, C=C: QR(D, C, hidden_dims=(8, 8)), D, C)
     yield Case("Inverse-Coupling-4-3", lambda: coupling(4, 3).inv, 4, 3)
     yield Case("Inverse-Autoregressive-5-0", lambda: autoregressive(5).inv, 5)
     yield Case("Inverse-TriangularAffine-5", lambda: triangular(5).inv, 5, 0, False)

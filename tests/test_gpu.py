@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pyroflows as pf
+from tests.batteries import REGISTERED, Case
 
 pytestmark = [
     pytest.mark.gpu,
@@ -13,28 +14,21 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", pf.flows.names())
-@pytest.mark.parametrize("context_dim", [0, 3])
-def test_flows_agree_with_the_cpu(name, context_dim):
-    torch.manual_seed(0)
-    flow = pf.flow(name, 5, context_dim, num_layers=2).double()
-    for parameter in flow.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
-    x = torch.randn(20, 5, dtype=torch.float64)
-    context = (torch.randn(20, context_dim, dtype=torch.float64),) if context_dim else ()
-    expected, expected_log_det = flow.forward_and_log_det(x, *context)
-
+@pytest.mark.parametrize("case", REGISTERED, ids=lambda case: case.name)
+def test_flows_agree_with_the_cpu(case: Case) -> None:
+    flow, x = case.bound(), case.inputs(20)
+    expected, expected_log_det = flow.forward_and_log_det(x)
     flow.cuda()
-    context = tuple(c.cuda() for c in context)
-    y, log_det = flow.forward_and_log_det(x.cuda(), *context)
-    again, inverse_log_det = flow.inverse_and_log_det(y, *context)
-    torch.testing.assert_close(y.cpu(), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(log_det.cpu(), expected_log_det, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(again.cpu(), x, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(inverse_log_det, -log_det, rtol=1e-8, atol=1e-8)
+    y, log_det = flow.forward_and_log_det(x.cuda())
+    again, inverse_log_det = flow.inverse_and_log_det(y)
+    tolerance = case.within(1e-8)
+    torch.testing.assert_close(y.cpu(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(log_det.cpu(), expected_log_det, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(again.cpu(), x, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(inverse_log_det, -log_det, rtol=tolerance, atol=tolerance)
 
 
-def test_fit_runs_where_the_data_are_and_results_move():
+def test_fit_runs_where_the_data_are_and_results_move() -> None:
     data = torch.tensor([1.0, 2.0, 3.0], device="cuda")
 
     def model(data):

@@ -71,6 +71,24 @@ def build(request: pytest.FixtureRequest) -> GuideBuilder:
     return request.param
 
 
+def traceable(builders: dict[str, GuideBuilder], answer: bool = True) -> dict[str, GuideBuilder]:
+    """Select the guides whose flows ``torch.jit.trace`` can record, or those it cannot."""
+    specs = {name: pf.flows.spec(build(regression).flow) for name, build in builders.items()}
+    return {name: builders[name] for name, spec in specs.items() if spec.traceable == answer}
+
+
+@pytest.fixture(**over(traceable(GUIDES)))
+def build_traceable(request: pytest.FixtureRequest) -> GuideBuilder:
+    """Return the builder of each guide that can be compiled."""
+    return request.param
+
+
+@pytest.fixture(**over(traceable(FLOWS)))
+def build_traceable_flow(request: pytest.FixtureRequest) -> GuideBuilder:
+    """Return the builder of each registered flow's guide that can be compiled."""
+    return request.param
+
+
 @pytest.fixture(**over(FLOWS))
 def build_flow(request: pytest.FixtureRequest) -> GuideBuilder:
     """Return the builder of each registered flow's guide."""
@@ -161,8 +179,8 @@ def test_elbo_of_particles_one_by_one_is_that_of_vectorized_ones(build_flow: Gui
     assert abs(float(losses[True].mean() - losses[False].mean())) < 5 * error
 
 
-def test_compiled_loss_equals_the_eager_one(build: GuideBuilder) -> None:
-    guide = build(regression)
+def test_compiled_loss_equals_the_eager_one(build_traceable: GuideBuilder) -> None:
+    guide = build_traceable(regression)
     guide(X, Y)
     perturb(guide)
     options = {"num_particles": 5, "vectorize_particles": True, "max_plate_nesting": 1}
@@ -176,8 +194,8 @@ def test_compiled_loss_equals_the_eager_one(build: GuideBuilder) -> None:
     assert updated != pytest.approx(expected, rel=1e-3)
 
 
-def test_compiled_gradients_equal_the_eager_ones(build_flow: GuideBuilder) -> None:
-    guide = build_flow(regression)
+def test_compiled_gradients_equal_the_eager_ones(build_traceable_flow: GuideBuilder) -> None:
+    guide = build_traceable_flow(regression)
     guide(X, Y)
     perturb(guide)
     options = {"num_particles": 5, "vectorize_particles": True, "max_plate_nesting": 1}
@@ -192,13 +210,20 @@ def test_compiled_gradients_equal_the_eager_ones(build_flow: GuideBuilder) -> No
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
-def test_learns_with_a_never_called_guide_compiled(build_flow: GuideBuilder) -> None:
+def test_learns_with_a_never_called_guide_compiled(build_traceable_flow: GuideBuilder) -> None:
     """Pyro's own flow guide fails here: it builds its flow inside the first draw."""
-    guide = build_flow(gaussian)
+    guide = build_traceable_flow(gaussian)
     elbo = JitTrace_ELBO(num_particles=16, vectorize_particles=True, ignore_jit_warnings=True)
     svi = SVI(gaussian, guide, pyro.optim.Adam({"lr": 0.05}), elbo)
     losses = [svi.step() for _ in range(25)]
     assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 2
+
+
+@pytest.mark.parametrize("build", traceable(FLOWS, False).values(), ids=traceable(FLOWS, False))
+def test_a_guide_that_cannot_be_compiled_says_so(build: GuideBuilder) -> None:
+    elbo = JitTrace_ELBO(max_plate_nesting=1, ignore_jit_warnings=True)
+    with pytest.raises(RuntimeError, match=r"cannot be traced.*Trace_ELBO instead"):
+        elbo.loss_and_grads(regression, build(regression), X, Y)
 
 
 # Discrete sites
@@ -712,6 +737,8 @@ def test_modules_as_models(build: GuideBuilder) -> None:
 def test_parts_of_a_guide_list(build_flow: GuideBuilder, objective: Callable) -> None:
     guide = AutoGuideList(groups)
     guide.append(build_flow(poutine.block(groups, hide=["scale"])))
+    if objective is JitTrace_ELBO and not pf.flows.spec(guide[0].flow).traceable:
+        return
     guide.append(AutoDelta(poutine.block(groups, expose=["scale"])))
     assert set(guide(TABLE)) == {"scale", "row_effect", "column_effect"}
     options = {"ignore_jit_warnings": True} if objective is JitTrace_ELBO else {}

@@ -13,16 +13,15 @@ from pyro.distributions.util import detach
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from pyro.infer.autoguide.guides import prototype_hide_fn
 from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from .. import flows
 from ..distributions import Flow, standard_normal
 from ..transforms import Compose, DiagonalAffine, FlowTransform, TriangularAffine
 
-Base: TypeAlias = (
-    torch.distributions.Distribution | Callable[[int], torch.distributions.Distribution]
-)
+Distribution: TypeAlias = torch.distributions.Distribution
+Base: TypeAlias = Distribution | nn.Module | Callable[[int], Distribution | nn.Module]
 
 FULL_RANK_MAX_DIM = (
     128  # beyond it the outer affine map is diagonal: D (D + 1) / 2 numbers are many
@@ -54,17 +53,18 @@ class AutoFlow(AutoContinuous):
     init_scale
         Initial standard deviation in unconstrained space, positive.
     base
-        The distribution of ``z``: a distribution of event shape ``(D,)`` or a function of ``D``
-        that returns one. Default: standard normal.
+        The distribution of ``z``: a distribution of event shape ``(D,)``, a module that gives one
+        and is learned with the guide, or a function of ``D`` that returns either, such as
+        :class:`pyroflows.distributions.StudentT`. Default: standard normal.
     **options
         Options of the flow, for instance ``num_layers`` and ``hidden_dims``.
 
     Raises
     ------
     ValueError
-        If ``flow`` is unknown or ``init_scale`` is not positive; at the first call, if the model
-        has no continuous latent variables, discrete ones that are not enumerated, or latent
-        variables in a subsampled plate.
+        If ``flow`` is unknown or maps angles, or ``init_scale`` is not positive; at the first call,
+        if the model has no continuous latent variables, discrete ones that are not enumerated, or
+        latent variables in a subsampled plate.
 
     References
     ----------
@@ -102,7 +102,7 @@ class AutoFlow(AutoContinuous):
         if not init_scale > 0:
             raise ValueError(f"init_scale must be positive, got {init_scale}")
         if isinstance(flow, str):
-            flows.spec(flow)
+            _check_support(flow)
         elif not callable(flow):
             raise TypeError(f"flow must be a name or a callable, got {type(flow).__name__}")
         super().__init__(model, init_loc_fn=init_loc_fn)
@@ -124,7 +124,7 @@ class AutoFlow(AutoContinuous):
 
     @property
     def base(self) -> Base | None:
-        """Return the base distribution that was given, ``None`` for the standard normal."""
+        """Return the base that was given, or built if it is learned; ``None`` for the default."""
         return self._base
 
     @staticmethod
@@ -158,6 +158,11 @@ class AutoFlow(AutoContinuous):
             affine = DiagonalAffine(loc, torch.full_like(loc, self._init_scale))
         self.transform = Compose([inner.to(dtype=loc.dtype, device=loc.device), affine])
         self.register_buffer("_origin", torch.zeros_like(loc), persistent=False)
+        base = self._base
+        if callable(base) and not isinstance(base, Distribution | nn.Module):
+            base = base(dim)
+        if isinstance(base, nn.Module):
+            self._base = base.to(loc)
 
     def _load_from_state_dict(self, state_dict: Mapping, prefix: str, *args: Any) -> None:
         # A fresh guide has no weights yet: it takes its size from the state that is being loaded.
@@ -170,8 +175,10 @@ class AutoFlow(AutoContinuous):
         """Return the distribution of ``z``."""
         if self._base is None:
             return standard_normal(self._origin)
-        if isinstance(self._base, torch.distributions.Distribution):
+        if isinstance(self._base, Distribution):
             return self._base
+        if isinstance(self._base, nn.Module):
+            return self._base()
         return self._base(self.latent_dim)
 
     def get_transform(self, *args: Any, **kwargs: Any) -> Compose:
@@ -246,6 +253,13 @@ class AutoFlow(AutoContinuous):
         other.__dict__.update(copy.deepcopy(state, memo))
         other.__dict__.update({key: self.__dict__[key] for key in shared if key in self.__dict__})
         return other
+
+
+def _check_support(flow: str) -> None:
+    if flows.spec(flow).support != "real":
+        raise ValueError(
+            f"flow={flow!r} maps angles, but a guide needs a flow of vectors of real numbers"
+        )
 
 
 def _check_latent_sites(model: Callable, args: tuple, kwargs: Mapping) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .mlp import MLP
+from .mlp import MLP, check_hidden_dims
 
 
 class Hypernetwork(nn.Module):
@@ -42,6 +42,7 @@ class Hypernetwork(nn.Module):
         activation: type[nn.Module] = nn.Tanh,
     ) -> None:
         super().__init__()
+        check_hidden_dims(hidden_dims)
         self.constant = nn.Parameter(initial.detach().clone())
         self.network = (
             MLP(0, len(initial), hidden_dims, context_dim, activation) if context_dim else None

@@ -59,8 +59,10 @@ class MLP(nn.Module):
         if in_features + context_dim < 1:
             raise ValueError("in_features and context_dim must not both be 0")
         width = hidden_dims[0]
-        self.input = nn.Linear(in_features, width) if in_features else None
-        self.context = nn.Linear(context_dim, width, bias=not in_features) if context_dim else None
+        self.input: Any = nn.Linear(in_features, width) if in_features else None
+        self.context: Any = (
+            nn.Linear(context_dim, width, bias=not in_features) if context_dim else None
+        )
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(hidden_dims))
         self.output = nn.Linear(hidden_dims[-1], out_features)
         self.activation = activation()
@@ -76,7 +78,7 @@ class MLP(nn.Module):
         rows = None if x is None else entries_first(x)
         return batch_first(self.rows(rows, context, batch_shape), batch_shape)
 
-    def rows(self, x: Tensor | None, context: Tensor | None, batch_shape: Sequence[int]) -> Tensor:
+    def rows(self, x: Any, context: Any, batch_shape: Sequence[int]) -> Tensor:
         """Return outputs ``(out_features, N)`` of inputs ``(in_features, N)``, a column an event.
 
         ``batch_shape``, of ``N`` elements, is what the batch shape of the context broadcasts to.
@@ -91,6 +93,7 @@ class MLP(nn.Module):
 
     def _outputs(self, hidden: Tensor) -> Tensor:
         hidden = activate(self.activation, hidden)
+        layer: Any
         for layer in self.hidden:
             hidden = activate(self.activation, linear_rows(hidden, layer.weight, layer.bias))
         return linear_rows(hidden, self.output.weight, self.output.bias)
