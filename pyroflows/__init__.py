@@ -1,6 +1,6 @@
 """Normalizing flows for Bayesian inference in Pyro."""
 
-from . import diagnostics, distributions, flows, transforms
+from . import diagnostics, distributions, flows, sbi, transforms
 from .distributions import Flow, FlowMixture
 from .flows import flow, register_flow
 from .guides import (
@@ -44,6 +44,7 @@ __all__ = [
     "flows",
     "load",
     "register_flow",
+    "sbi",
     "to_arviz",
     "transforms",
 ]

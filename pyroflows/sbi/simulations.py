@@ -1,0 +1,122 @@
+"""Draws from a simulator: parameters and what was observed with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_FORMAT = "pyroflows.simulations"
+
+
+@dataclass(frozen=True)
+class Simulations:
+    """Hold draws of parameters and of the observations simulated with them.
+
+    Attributes
+    ----------
+    parameters
+        From parameter sites to draws of shape ``(N, *shape)``, in the site's own space.
+    observations
+        From observed sites to simulated values of shape ``(N, *shape)``.
+    num_invalid
+        How many draws were left out because a number was not finite.
+
+    Raises
+    ------
+    ValueError
+        If the numbers of draws differ.
+
+    Examples
+    --------
+    >>> simulations = Simulations({"theta": torch.zeros(5, 2)}, {"x": torch.zeros(5, 3)})
+    >>> len(simulations), len(simulations[:2])
+    (5, 2)
+    """
+
+    parameters: Mapping[str, Tensor]
+    observations: Mapping[str, Tensor]
+    num_invalid: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = {name: len(values) for name, values in self._sites()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"all sites must have the same number of draws, got {sizes}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.parameters.values())))
+
+    def __getitem__(self, index: slice | Tensor) -> Simulations:
+        return Simulations(
+            {name: values[index] for name, values in self.parameters.items()},
+            {name: values[index] for name, values in self.observations.items()},
+        )
+
+    def to(self, device: torch.device | str) -> Simulations:
+        """Return the draws on a device."""
+        return Simulations(
+            {name: values.to(device) for name, values in self.parameters.items()},
+            {name: values.to(device) for name, values in self.observations.items()},
+            self.num_invalid,
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[Simulations]) -> Simulations:
+        """Return the draws of several parts in a row."""
+        parts = list(parts)
+        return cls(
+            {n: torch.cat([part.parameters[n] for part in parts]) for n in parts[0].parameters},
+            {n: torch.cat([part.observations[n] for part in parts]) for n in parts[0].observations},
+            sum(part.num_invalid for part in parts),
+        )
+
+    def valid(self) -> Simulations:
+        """Return the draws in which every number is finite, with a count of the others."""
+        finite = torch.stack(
+            [values.reshape(len(self), -1).isfinite().all(1) for _, values in self._sites()]
+        ).all(0)
+        if bool(finite.all()):
+            return self
+        kept = self[finite.nonzero().squeeze(1)]
+        num_invalid = self.num_invalid + len(self) - len(kept)
+        return Simulations(kept.parameters, kept.observations, num_invalid)
+
+    def save(self, path: str | Path) -> None:
+        """Write the draws to a safetensors file."""
+        tensors = {
+            f"{group}.{name}": values.contiguous()
+            for group in ("parameters", "observations")
+            for name, values in getattr(self, group).items()
+        }
+        about = json.dumps({"format": _FORMAT, "num_invalid": self.num_invalid})
+        temporary = Path(f"{path}.part")  # a pause while writing must not leave half a file
+        save_file(tensors, temporary, {"about": about})
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Simulations:
+        """Read draws from a file that :meth:`save` has written.
+
+        Raises
+        ------
+        ValueError
+            If it is not such a file.
+        """
+        groups: dict[str, dict[str, Tensor]] = {"parameters": {}, "observations": {}}
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            if about.get("format") != _FORMAT:
+                raise ValueError(f"{path} does not hold simulations")
+            for key in file.keys():  # noqa: SIM118 - the file is no mapping
+                group, name = key.split(".", 1)
+                groups[group][name] = file.get_tensor(key)
+        return cls(groups["parameters"], groups["observations"], about["num_invalid"])
+
+    def _sites(self) -> list[tuple[str, Tensor]]:
+        return [*self.parameters.items(), *self.observations.items()]
