@@ -657,8 +657,9 @@ def test_can_be_traced_without_a_warning(traceable: Case) -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_module_that_holds_a_flow_can_be_traced(direction: str) -> None:
-    module, x = Direction(KINDS[0].bound(), direction), KINDS[0].inputs(3)
-    traced = torch.jit.trace(module, KINDS[0].inputs(3, seed=5))
+    (case,) = (case for case in KINDS if case.name == "iaf-4-3")
+    module, x = Direction(case.bound(), direction), case.inputs(3)
+    traced = torch.jit.trace(module, case.inputs(3, seed=5))
     torch.testing.assert_close(traced(x), module(x), rtol=0, atol=1e-10)
 
 

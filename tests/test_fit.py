@@ -73,7 +73,13 @@ def assert_conjugate_answer(result: pf.VariationalPosterior) -> None:
 # Right answers
 
 
-@pytest.mark.parametrize("build", FLOWS.values(), ids=FLOWS)
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(build, id=name, marks=[pytest.mark.slow] if name == "cnf" else [])
+        for name, build in FLOWS.items()
+    ],
+)
 def test_conjugate_model_has_its_closed_form(build: GuideBuilder) -> None:
     guide = build(conjugate)
     assert_conjugate_answer(pf.fit(conjugate, guide, (HEIGHTS,), num_steps=300, progress=False))

@@ -317,8 +317,10 @@ def test_verdict_on_a_normal_guide_in_a_funnel_is_bad() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_verdict_on_an_exact_guide_is_good(build: GuideBuilder, seed: int) -> None:
     """Within a thousandth of a nat of the evidence, whatever the shape of the weights' tail."""
+    # The gradients of polynomials are noisier: they take longer.
+    num_steps = 300 if build is FLOWS["sum_of_squares"] else 60
     result = pf.fit(
-        conjugate, build(conjugate), (HEIGHTS,), num_steps=60, seed=seed, progress=False
+        conjugate, build(conjugate), (HEIGHTS,), num_steps=num_steps, seed=seed, progress=False
     )
     _, _, evidence = conjugate_answer(HEIGHTS)
     assert result.elbo == pytest.approx(evidence, abs=1e-3)

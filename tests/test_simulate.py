@@ -120,9 +120,13 @@ def test_the_executor_makes_no_difference(model: Callable) -> None:
     alone = simulate(model, 70, batch_size=20, progress=False)
     with ThreadPoolExecutor(3) as executor:
         threads = simulate(model, 70, batch_size=20, executor=executor, progress=False)
-    with ProcessPoolExecutor(2, get_context("spawn")) as executor:
-        processes = simulate(model, 70, batch_size=20, executor=executor, progress=False)
     assert same(alone, threads)
+
+
+def test_processes_make_no_difference() -> None:
+    alone = simulate(black_box, 70, batch_size=20, progress=False)
+    with ProcessPoolExecutor(2, get_context("spawn")) as executor:
+        processes = simulate(black_box, 70, batch_size=20, executor=executor, progress=False)
     assert same(alone, processes)
 
 

@@ -57,7 +57,7 @@ def solve_increasing(
     solved = target.isnan()
     x = torch.where(solved, target, (lower + upper) / 2)
     previous_step = upper - lower
-    untested = target.is_meta or torch.jit.is_tracing()
+    untested = cannot_test(target)
     for _ in range(num_iterations(target)):
         value, slope = function(x)
         residual = value - target
@@ -84,11 +84,16 @@ def solve_increasing(
     )
 
 
-def num_iterations(like: Tensor) -> int:
+def cannot_test(x: Tensor) -> bool:
+    """Tell whether convergence cannot be tested: there are no numbers, or a program is traced."""
+    return x.is_meta or torch.jit.is_tracing()
+
+
+def num_iterations(x: Tensor, most: int = MAX_ITERATIONS) -> int:
     """Return how many iterations a solve may take, or takes where convergence cannot be tested."""
-    if like.is_meta:
+    if x.is_meta:
         return 1
-    return _TRACED_ITERATIONS if torch.jit.is_tracing() else MAX_ITERATIONS
+    return _TRACED_ITERATIONS if torch.jit.is_tracing() else most
 
 
 def with_implicit_gradient(

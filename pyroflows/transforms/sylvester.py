@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from ..nn import Hypernetwork
 from ..nn.orthogonal import Reflections
 from .base import FlowTransform
-from .solve import ConvergenceError
+from .solve import ConvergenceError, cannot_test, num_iterations
 
 _MARGIN = 0.01  # the least slope of a unit
 _SOFTPLUS_OFFSET = math.log(math.expm1(1 - _MARGIN))  # makes a raw 0 a slope of 1
 _ITERATIONS_PER_UNIT = 50
-_UNROLLED_ITERATIONS = 30  # and one per unit, where nothing can be tested
 
 
 class Sylvester(FlowTransform):
@@ -168,11 +167,10 @@ def _solve_units(coupling: Tensor, target: Tensor) -> Tensor:
     scale = 1 + target.abs() + coupling.abs().sum(-1)
     tolerance = 4 * torch.finfo(target.dtype).eps * scale
     hopeless = target.isnan().any(-1, keepdim=True)
-    unrolled = target.is_meta or torch.jit.is_tracing()
     units = coupling.shape[-1]
     z = target
-    iterations = _UNROLLED_ITERATIONS + units if unrolled else _ITERATIONS_PER_UNIT * units
-    for _ in range(iterations):
+    unrolled = cannot_test(target)
+    for _ in range(num_iterations(target, _ITERATIONS_PER_UNIT * units) + units):
         h = torch.tanh(z)
         remainder = target - _product(above_diagonal, h)
         residual = z + diagonal * h - remainder

@@ -7,6 +7,8 @@ their interfaces leave no choice:
 - Pyro's splines are linear rational, since its quadratic ones cannot be built by its helpers.
 - Splines of this package carry an affine map each, which the others' do not.
 - normflows' spline networks are one residual block, which is one hidden layer more.
+- Residual flows estimate the log-determinant as normflows does where they are compared, and
+  compute it exactly elsewhere, as is their default for 16 entries.
 - zuko's neural autoregressive flow is a monotone network of two layers of 64 units with a signal
   of 16 features; this package's and Pyro's a sum of sigmoids.
 """
@@ -63,6 +65,8 @@ def build_pyroflows(kind: str, dim: int) -> Model:
     options |= RELU if name in RECTIFIED else {}
     if name == "cnf":
         options["num_layers"] = 1
+    if kind == f"residual{INVERTED}":
+        options["log_det"] = "russian_roulette"
     known = inspect.signature(pf.flows.spec(name).factory).parameters
     transform = pf.flow(name, dim, **{key: options[key] for key in options if key in known})
     if kind.endswith(INVERTED):
@@ -164,6 +168,7 @@ ZUKO = {
     f"neural_autoregressive{INVERTED}": partial(
         build_zuko, "NAF", {**_STACK, "network": {"hidden_features": HIDDEN}}
     ),
+    "sum_of_squares": partial(build_zuko, "SOSPF", _STACK),
     "cnf": partial(build_zuko, "CNF", {"hidden_features": HIDDEN, "exact": True}),
 }
 
@@ -238,7 +243,6 @@ NFLOWS = {
         _SPLINE,
     ),
     "plu": partial(build_nflows_linear, "LULinear", {}),
-    "qr": partial(build_nflows_linear, "QRLinear", {"num_householder": 8}),
 }
 
 
@@ -298,7 +302,7 @@ NORMFLOWS = {
         build_normflows_stack, "AutoregressiveRationalQuadraticSpline", _BLOCK
     ),
     "iaf": partial(build_normflows_stack, "MaskedAffineAutoregressive", _MASKED),
-    "residual": build_normflows_residual,
+    f"residual{INVERTED}": build_normflows_residual,
 }
 
 PEERS = {"Pyro": PYRO, "zuko": ZUKO, "nflows": NFLOWS, "normflows": NORMFLOWS}

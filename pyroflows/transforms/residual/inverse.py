@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ...nn.lipschitz import SwishNetwork
-from ..solve import ConvergenceError
+from ..solve import ConvergenceError, cannot_test, num_iterations
 
 _NEWTON_DIM = 64  # larger linear systems cost more than they save
 _SWEEPS = 32  # Newton's method takes over then: earlier it would not pay
-_UNROLLED_ITERATIONS = 40  # where nothing can be tested: the sweeps and 8 steps of Newton's method
 _TOLERANCE, _ROUNDING = 8, 1000  # units in the last place
 
 Step = Callable[[Tensor, Tensor], Tensor]  # from a point and its residual to the next point
@@ -120,13 +119,13 @@ def _iterate(
 
     Vectors are resolved relative to ``floor + |x|``.
     """
-    unrolled = torch.jit.is_tracing() or target.is_meta
+    unrolled = cannot_test(target)
     # Sizes are not numbers while a program is traced.
     sweeps = _SWEEPS if unrolled or target.shape[-1] <= _NEWTON_DIM else max_iterations
     unit = torch.finfo(target.dtype).eps
     x, size = target, torch.full_like(target[..., :1], torch.inf)
     solved = ~target.isfinite().all(-1, keepdim=True)
-    for iteration in range(_UNROLLED_ITERATIONS if unrolled else max_iterations):
+    for iteration in range(num_iterations(target, max_iterations)):
         residual = x + function(x) - target
         previous, size = size, _norm(residual)
         scale = unit * (floor + _norm(x))
