@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
+from torch import Tensor
+
+Limits = tuple[tuple[float, float], tuple[float, float]]
 
 LINE_STYLES = ("-", "--", ":", "-.", (0, (1, 1)), (0, (5, 1, 1, 1)))  # told apart in greyscale
 
@@ -122,6 +126,92 @@ def plot_weight_tail(log_weights: Mapping[str, ArrayLike], ax: Axes | None = Non
     ax.set_xlabel("importance weight / mean weight")
     ax.set_ylabel("fraction of draws beyond")
     ax.legend()
+    return ax
+
+
+@torch.no_grad()
+def plot_density(
+    log_prob: Callable[[Tensor], Tensor],
+    limits: Limits = ((-4.0, 4.0), (-4.0, 4.0)),
+    cells: int = 200,
+    device: torch.device | str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a density in the plane as a heat map, dark where there is much.
+
+    Parameters
+    ----------
+    log_prob
+        Maps points ``(N, 2)`` to log-densities ``(N,)``, for instance ``flow.log_prob``.
+        Unnormalised ones do.
+    limits
+        Lowest and highest value shown on each axis.
+    cells
+        Number of cells along each axis.
+    device
+        Where the points are put for ``log_prob``.
+    ax
+        Where to draw. Default: a new figure.
+
+    Examples
+    --------
+    >>> normal = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
+    >>> ax = plot_density(normal.log_prob, limits=((-3, 3), (-2, 2)), cells=20)
+    >>> ax.images[0].get_array().shape
+    (20, 20)
+    """
+    ax = ax or plt.subplots()[1]
+    centres = [torch.linspace(low, high, 2 * cells + 1)[1::2] for low, high in limits]
+    log_density = log_prob(torch.cartesian_prod(*centres).to(device)).cpu().numpy()
+    image = np.exp(log_density - log_density.max()).reshape(cells, cells).T
+    (left, right), (bottom, top) = limits
+    ax.imshow(
+        image,
+        origin="lower",
+        extent=(left, right, bottom, top),
+        cmap="gray_r",
+        aspect="equal",
+    )
+    return ax
+
+
+@torch.no_grad()
+def plot_warp(
+    transform: Callable[[Tensor], Tensor],
+    limits: Limits = ((-3.0, 3.0), (-3.0, 3.0)),
+    lines: int = 25,
+    device: torch.device | str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw what a map does to a rectangular grid: ``flow.transform`` or ``flow.transform.inv``.
+
+    Parameters
+    ----------
+    transform
+        Maps points ``(N, 2)`` to points ``(N, 2)``.
+    limits
+        Lowest and highest value of the grid on each axis.
+    lines
+        Number of lines in each direction: vertical lines are drawn solid, horizontal ones dashed.
+    device
+        Where the points are put for ``transform``.
+    ax
+        Where to draw. Default: a new figure.
+
+    Examples
+    --------
+    >>> len(plot_warp(torch.sinh, lines=5).lines)
+    10
+    """
+    ax = ax or plt.subplots()[1]
+    for axis, style in enumerate(("-", "--")):
+        fixed = torch.linspace(*limits[axis], lines)
+        moving = torch.linspace(*limits[1 - axis], 20 * lines)
+        points = torch.cartesian_prod(fixed, moving)
+        points = points if axis == 0 else points.flip(-1)
+        image = transform(points.to(device)).cpu().reshape(lines, 20 * lines, 2)
+        ax.plot(*image.permute(2, 1, 0).numpy(), style, color="black", linewidth=0.6)
+    ax.set_aspect("equal")
     return ax
 
 

@@ -70,3 +70,27 @@ def sometimes_raises() -> None:
     if theta.item() > 2.0:
         raise ValueError("theta is too large")
     pyro.sample("x", dist.Normal(theta, 1.0))
+
+
+def slcp_flat() -> None:
+    """Draw from SLCP, its four points as one vector of 8."""
+    theta = pyro.sample("theta", dist.Uniform(-3.0, 3.0).expand([5]).to_event(1))
+    one, other = theta[..., 2:3].square(), theta[..., 3:4].square()
+    correlation = theta[..., 4:5].tanh()
+    noise = pyro.sample("noise", dist.Normal(0.0, 1.0).expand([4, 2]).to_event(2))
+    first, second = noise.unbind(-1)
+    x = theta[..., 0:1] + one * first
+    y = theta[..., 1:2] + other * (correlation * first + (1 - correlation**2).sqrt() * second)
+    pyro.deterministic("x", torch.stack([x, y], -1).flatten(-2), event_dim=1)
+
+
+def gaussian_linear() -> None:
+    """Draw from the normal location model with a normal prior, both of variance .1."""
+    theta = pyro.sample("theta", dist.Normal(0.0, 0.1**0.5).expand([10]).to_event(1))
+    pyro.sample("x", dist.Normal(theta, 0.1**0.5).to_event(1))
+
+
+def gaussian_linear_uniform() -> None:
+    """Draw from the normal location model with a uniform prior."""
+    theta = pyro.sample("theta", dist.Uniform(-1.0, 1.0).expand([10]).to_event(1))
+    pyro.sample("x", dist.Normal(theta, 0.1**0.5).to_event(1))

@@ -16,7 +16,7 @@ from .conditional import ConditionalDensity
 from .observations import ObservationSpace
 from .space import ParameterSpace
 
-CHUNK = 2048  # draws at a time: what fits in the caches is several times faster
+CHUNK = 1024  # draws at a time: what fits in the caches is several times faster
 
 
 class Posterior:

@@ -170,7 +170,8 @@ def _solve_units(coupling: Tensor, target: Tensor) -> Tensor:
     units = coupling.shape[-1]
     z = target
     unrolled = cannot_test(target)
-    for _ in range(num_iterations(target, _ITERATIONS_PER_UNIT * units) + units):
+    iterations = num_iterations(target, _ITERATIONS_PER_UNIT * units) + units
+    for _ in range(iterations):
         h = torch.tanh(z)
         remainder = target - _product(above_diagonal, h)
         residual = z + diagonal * h - remainder

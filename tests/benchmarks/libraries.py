@@ -168,7 +168,7 @@ ZUKO = {
     f"neural_autoregressive{INVERTED}": partial(
         build_zuko, "NAF", {**_STACK, "network": {"hidden_features": HIDDEN}}
     ),
-    "sum_of_squares": partial(build_zuko, "SOSPF", _STACK),
+    f"sum_of_squares{INVERTED}": partial(build_zuko, "SOSPF", _STACK),
     "cnf": partial(build_zuko, "CNF", {"hidden_features": HIDDEN, "exact": True}),
 }
 
