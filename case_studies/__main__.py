@@ -5,7 +5,7 @@ import pkgutil
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-TOOLS = {"__main__", "command_line"}
+TOOLS = {"__main__", "command_line", "energy_functions", "toys"}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import sys
 import arviz as az
 import pytest
 
-from case_studies import eight_schools
+from case_studies import densities, eight_schools, energies
 
 
 def run(name, out, *options):
@@ -21,7 +21,10 @@ def test_case_studies_are_listed():
     listed = subprocess.run(
         [sys.executable, "-m", "case_studies"], capture_output=True, text=True, check=True
     )
-    assert "python -m case_studies.eight_schools" in listed.stdout
+    for name in ("eight_schools", "moons", "densities", "energies"):
+        assert f"python -m case_studies.{name}\n" in listed.stdout
+    for tool in ("command_line", "toys", "energy_functions"):
+        assert tool not in listed.stdout
 
 
 def test_the_exact_posterior_of_eight_schools_agrees_with_published_quadrature():
@@ -54,3 +57,71 @@ def test_eight_schools_at_defaults_finds_the_exact_answer(tmp_path):
     assert abs(best["mean mu"]) <= 0.05
     assert abs(best["mean log_tau"]) <= 0.05
     assert best["seconds"] <= 120
+
+
+@pytest.mark.slow
+def test_moons_in_fast_mode(tmp_path):
+    metrics, printed = run("moons", tmp_path, "--fast")
+    assert "KL: " in printed
+    assert 0.0 < metrics["KL"] < 0.15
+    assert metrics["round trip error"] < 1e-4
+    assert (tmp_path / "moons.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_moons_at_defaults(tmp_path):
+    metrics, _ = run("moons", tmp_path)
+    assert metrics["KL"] <= 0.03
+
+
+@pytest.mark.slow
+def test_densities_in_fast_mode(tmp_path):
+    options = ("--fast", "--densities", "moons", "--flows", "spline_coupling")
+    metrics, printed = run("densities", tmp_path, *options)
+    assert "Kullback-Leibler divergence" in printed
+    assert set(metrics) == {"moons"}
+    assert 0.0 < metrics["moons"]["spline_coupling"]["KL"] < 0.1
+    assert (tmp_path / "moons.png").stat().st_size > 5000
+
+
+TARGETS = {
+    "moons": 0.03,
+    "8gaussians": 0.03,
+    "pinwheel": 0.06,
+    "swissroll": 0.06,
+    "rings": 0.08,
+    "circles": 0.05,
+    "2spirals": 0.10,
+    "checkerboard": 0.10,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("density", TARGETS)
+def test_a_flow_comes_close_to_every_density(tmp_path, density):
+    flows = densities.BEST
+    metrics, _ = run("densities", tmp_path, "--densities", density, "--flows", *flows)
+    best = min(metrics[density].values(), key=lambda values: values["KL"])
+    assert best["KL"] <= TARGETS[density]
+    assert best["seconds"] <= 600
+
+
+@pytest.mark.slow
+def test_energies_in_fast_mode(tmp_path):
+    metrics, printed = run("energies", tmp_path, "--fast", "--energies", "U2")
+    assert "Kullback-Leibler divergence" in printed
+    assert set(metrics["U2"]) == set(energies.FAST_GUIDES)
+    for values in metrics["U2"].values():
+        assert values["KL"] > -5 * values["standard error"]
+    assert metrics["U2"]["spline"]["KL"] < metrics["U2"]["planar-2"]["KL"]
+    assert (tmp_path / "energies.png").stat().st_size > 5000
+    assert az.from_netcdf(tmp_path / "U2.nc").posterior["z1"].dims == ("chain", "draw")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("energy", ["U1", "U2", "U3", "U4"])
+def test_a_guide_comes_close_to_every_energy(tmp_path, energy):
+    metrics, _ = run("energies", tmp_path, "--energies", energy, "--guides", "planar-32", "spline")
+    assert min(values["KL"] for values in metrics[energy].values()) <= 0.02
+    if energy in ("U1", "U2"):
+        assert metrics[energy]["planar-32"]["KL"] <= 0.2
