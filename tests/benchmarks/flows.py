@@ -139,17 +139,18 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     torch.set_default_device(arguments.device)
-    rows = pd.DataFrame(
-        [
-            row
-            for kind in arguments.kinds
-            for dim in arguments.dims
-            for row in measure(kind, dim, arguments)
-        ]
-    )
-    if arguments.csv:
-        rows.to_csv(arguments.csv, index=False)
-    medians = tabulate(rows)
+    rows: list[dict] = []
+    for kind in arguments.kinds:
+        for dim in arguments.dims:
+            rows += measure(kind, dim, arguments)
+        report([row for row in rows if row["kind"] == kind])
+        if arguments.csv:
+            pd.DataFrame(rows).to_csv(arguments.csv, index=False)
+
+
+def report(rows: list[dict]) -> None:
+    """Print the medians, and how they compare with the peers'."""
+    medians = tabulate(pd.DataFrame(rows))
     show("Medians in ms", medians)
     if "pyroflows" in medians and len(medians.columns) > 1:
         peers = medians.drop(columns="pyroflows")
