@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ class ConditionalDensity(nn.Module):
     observations
         The observations, as the simulator gives them.
     embedding
-        A function from the shape of one observation tensor to a module that summarises it, and its
-        output size. Default: the observation itself, or a :class:`SetEmbedding` for sets.
+        A module that summarises a standardised observation, of which a copy is trained. Default:
+        the observation itself, or a :class:`SetEmbedding` for sets.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class ConditionalDensity(nn.Module):
         self.event_dim = observations.event_dim
         size = observations.size
         self.standardizer = Standardizer(size)
-        self.embedding = _default_embedding(size, self.is_set) if embedding is None else embedding
+        default = SetEmbedding(size, SET_EMBEDDING_DIM) if self.is_set else nn.Identity()
+        self.embedding = default if embedding is None else copy.deepcopy(embedding)
         self.linear = LinearGaussian(dim, 2 * size + 1 if self.is_set else size)
 
     @torch.no_grad()
@@ -78,7 +80,3 @@ class ConditionalDensity(nn.Module):
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the log-density of ``z`` given ``x``."""
         raise NotImplementedError
-
-
-def _default_embedding(size: int, is_set: bool) -> nn.Module:
-    return SetEmbedding(size, SET_EMBEDDING_DIM) if is_set else nn.Identity()

@@ -140,38 +140,34 @@ class Estimator:
                 checkpoint,
                 prepare=lambda: density.prepare(training.data, training.context),
             )
-        about = self._about(len(simulations))
+        about = {**self._about(), "num_simulations": len(simulations)}
         return Posterior(self.space, self.observations, density, about, fit)
 
-    def load(self, path: str | Path, num_simulations: int) -> Posterior:
+    def load(self, path: str | Path) -> Posterior:
         """Read a posterior that an estimator like this one has trained, and was saved.
 
         Parameters
         ----------
         path
             What :meth:`Posterior.save` was given.
-        num_simulations
-            How many simulations it was trained on, which may decide its size.
 
         Raises
         ------
         ValueError
             If the file holds something else, or belongs to another model or other options.
         """
-        about = self._about(num_simulations)
-        state = storage.read(path, about)
-        density = self.density(self.space.dim, self.observations, num_simulations)
+        state, about = storage.read(path, self._about())
+        density = self.density(self.space.dim, self.observations, about["num_simulations"])
         density.load_state_dict(state)
         return Posterior(self.space, self.observations, density.to(self.device), about)
 
-    def _about(self, num_simulations: int) -> dict[str, Any]:
+    def _about(self) -> dict[str, Any]:
         """Say what a trained posterior belongs to."""
         return {
             "method": type(self).__name__,
             "options": {key: repr(value) for key, value in self.options.items()},
             "parameters": {name: [*shape] for name, shape in self.space.shapes.items()},
             "observed": {name: [*shape] for name, shape in self.observations.shapes.items()},
-            "num_simulations": num_simulations,
         }
 
     def _simulations(

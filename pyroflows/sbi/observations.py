@@ -110,6 +110,12 @@ class Standardizer(nn.Module):
     ----------
     size
         Number of entries of a vector, or of an element of a set.
+
+    Examples
+    --------
+    >>> standard = Standardizer(1).fit(torch.tensor([[1.0], [3.0]]))
+    >>> standard(torch.tensor([2.0]))
+    tensor([0.])
     """
 
     median: Tensor

@@ -32,8 +32,8 @@ def write(path: str | Path, state: Mapping[str, Tensor], about: Mapping[str, Any
         raise ValueError(f"path {str(path)!r} cannot be written: {error}") from error
 
 
-def read(path: str | Path, about: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the state in a file, if it belongs to the same thing.
+def read(path: str | Path, about: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state in a file and what it belongs to, which must agree with ``about``.
 
     Raises
     ------
@@ -57,4 +57,4 @@ def read(path: str | Path, about: Mapping[str, Any]) -> dict[str, Tensor]:
                 f"path {str(path)!r} belongs to another estimator, of {name} {found.get(name)!r}, "
                 f"got {value!r}"
             )
-    return state
+    return state, found
