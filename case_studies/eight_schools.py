@@ -31,7 +31,7 @@ from torch import Tensor
 import pyroflows as pf
 from pyroflows.plots import plot_elbo, plot_pair, plot_weight_tail
 
-from .command_line import parse, write_json
+from .command_line import parse, save_figure, write_json
 
 EFFECTS = [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]
 STANDARD_ERRORS = [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]
@@ -137,25 +137,19 @@ def draw_pictures(results: dict[str, tuple], exact: Exact, out: Path) -> None:
         ax.set_title(f"{name}\nk-hat {result.khat:.2f}")
         ax.set_xlim(-10, 20)
         ax.set_ylim(-4, 4)
-    _save(figure, out / "pair.png")
+    save_figure(figure, out / "pair.png")
 
     figure, ax = plt.subplots(figsize=(6, 4))
     plot_elbo(
         {name: result.losses for name, (result, _) in results.items()}, exact.log_evidence, ax=ax
     )
-    _save(figure, out / "elbo.png")
+    save_figure(figure, out / "elbo.png")
 
     figure, ax = plt.subplots(figsize=(6, 4))
     plot_weight_tail(
         {name: result.log_weights.cpu() for name, (result, _) in results.items()}, ax=ax
     )
-    _save(figure, out / "weights.png")
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, out / "weights.png")
 
 
 def main() -> None:

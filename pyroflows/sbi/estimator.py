@@ -19,7 +19,7 @@ from . import storage
 from .conditional import ConditionalDensity
 from .observations import ObservationSpace
 from .posterior import Posterior
-from .simulate import simulate
+from .simulate import given_or_drawn
 from .simulations import Simulations
 from .space import ParameterSpace
 
@@ -109,9 +109,19 @@ class Estimator:
         ------
         ValueError
             If neither or both of ``simulations`` and ``num_simulations`` are given, or the
-            simulations are fewer than a batch or do not fit the simulator.
+            simulations are too few to train on or do not fit the simulator.
         """
-        simulations = self._simulations(simulations, num_simulations, seed, progress)
+        simulations = given_or_drawn(
+            simulations,
+            num_simulations,
+            self.simulator,
+            self.observed,
+            parameters=self.space.names,
+            args=self.args,
+            kwargs=self.kwargs,
+            seed=seed,
+            progress=progress,
+        )
         z = self.space.unconstrain(simulations.parameters)
         x = self.observations.tensor(simulations.observations)
         rows = Rows(z.to(self.device), x.to(self.device))
@@ -169,24 +179,6 @@ class Estimator:
             "parameters": {name: [*shape] for name, shape in self.space.shapes.items()},
             "observed": {name: [*shape] for name, shape in self.observations.shapes.items()},
         }
-
-    def _simulations(
-        self, simulations: Simulations | None, number: int | None, seed: int, progress: bool
-    ) -> Simulations:
-        if (simulations is None) == (number is None):
-            raise ValueError("give either simulations or num_simulations")
-        if simulations is None:
-            simulations = simulate(
-                self.simulator,
-                number or 0,
-                self.observed,
-                parameters=self.space.names,
-                args=self.args,
-                kwargs=self.kwargs,
-                seed=seed,
-                progress=progress,
-            )
-        return simulations
 
 
 class _Trained:

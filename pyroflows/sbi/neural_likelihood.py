@@ -14,7 +14,7 @@ from ..distributions import Flow
 from ..distributions.maximum_likelihood import DensityFit
 from .observations import ObservationSpace
 from .prior import Prior
-from .simulate import simulate
+from .simulate import given_or_drawn
 from .simulations import Simulations
 from .space import ParameterSpace
 
@@ -108,19 +108,17 @@ class NeuralLikelihood:
         ValueError
             If neither or both of ``simulations`` and ``num_simulations`` are given.
         """
-        if (simulations is None) == (num_simulations is None):
-            raise ValueError("give either simulations or num_simulations")
-        if simulations is None:
-            simulations = simulate(
-                self.simulator,
-                num_simulations or 0,
-                self.observations.names,
-                parameters=self.space.names,
-                args=self.args,
-                kwargs=self.kwargs,
-                seed=seed,
-                progress=progress,
-            )
+        simulations = given_or_drawn(
+            simulations,
+            num_simulations,
+            self.simulator,
+            self.observations.names,
+            parameters=self.space.names,
+            args=self.args,
+            kwargs=self.kwargs,
+            seed=seed,
+            progress=progress,
+        )
         z, x = self._rows(simulations)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

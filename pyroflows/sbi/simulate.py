@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import warnings
@@ -154,6 +155,27 @@ def simulate(
     return _finite(chunks.collect())
 
 
+def given_or_drawn(
+    simulations: Simulations | None,
+    num_simulations: int | None,
+    simulator: Callable,
+    observed: Collection[str],
+    **options: Any,
+) -> Simulations:
+    """Return the simulations that are given, or draw as many as asked for.
+
+    Raises
+    ------
+    ValueError
+        If neither or both are given.
+    """
+    if simulations is not None and num_simulations is None:
+        return simulations
+    if simulations is not None or num_simulations is None:
+        raise ValueError("give either simulations or num_simulations")
+    return simulate(simulator, num_simulations, observed, **options)
+
+
 class _Chunks:
     """Keep finished chunks, in memory and, on request, in a folder."""
 
@@ -240,18 +262,15 @@ def _simulate_chunk(job: Job, length: int, seed: int, index: int) -> Simulations
         return _draw_one_by_one(job, length)
 
 
-class _seeded:  # noqa: N801 - used as a function
+@contextlib.contextmanager
+def _seeded(*entropy: int) -> Iterator[None]:
     """Seed all generators a simulator may use, and restore them afterwards."""
-
-    def __init__(self, *entropy: int) -> None:
-        self.seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-
-    def __enter__(self) -> None:
-        self.states = pyro.util.get_rng_state()
-        pyro.set_rng_seed(self.seed)
-
-    def __exit__(self, *_: object) -> None:
-        pyro.util.set_rng_state(self.states)
+    states = pyro.util.get_rng_state()
+    pyro.set_rng_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+    try:
+        yield
+    finally:
+        pyro.util.set_rng_state(states)
 
 
 def _draw_one_by_one(job: Job, length: int) -> Simulations:
