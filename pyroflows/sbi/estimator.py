@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import tensor_file
 from ..distributions.maximum_likelihood import (
     Rows,
     Settings,
     maximize_likelihood,
     split,
 )
-from . import storage
 from .conditional import ConditionalDensity
 from .observations import ObservationSpace
-from .posterior import Posterior
+from .posterior import FORMAT, Posterior
 from .simulate import given_or_drawn
 from .simulations import Simulations
 from .space import ParameterSpace
@@ -166,7 +166,13 @@ class Estimator:
         ValueError
             If the file holds something else, or belongs to another model or other options.
         """
-        state, about = storage.read(path, self._about())
+        state, about = tensor_file.read(path, FORMAT)
+        for name, expected in self._about().items():
+            if about.get(name) != expected:
+                raise ValueError(
+                    f"path {str(path)!r} belongs to another estimator, of {name} "
+                    f"{about.get(name)!r}, got {expected!r}"
+                )
         density = self.density(self.space.dim, self.observations, about["num_simulations"])
         density.load_state_dict(state)
         return Posterior(self.space, self.observations, density.to(self.device), about)

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import tensor_file
 from ..arviz import build
 from ..distributions.maximum_likelihood import DensityFit
-from . import storage
 from .conditional import ConditionalDensity
 from .observations import ObservationSpace
 from .space import ParameterSpace
 
+FORMAT = "pyroflows.Posterior/1"
 CHUNK = 1024  # draws at a time: what fits in the caches is several times faster
 
 
@@ -124,7 +125,7 @@ class Posterior:
 
     def save(self, path: str | Path) -> None:
         """Write the posterior to a file of tensors and JSON; see :meth:`Estimator.load`."""
-        storage.write(path, self.density.state_dict(), self.about)
+        tensor_file.write(path, FORMAT, self.density.state_dict(), self.about)
 
     def to(self, device: torch.device | str) -> Posterior:
         """Move to a device, in place."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-_FORMAT = "pyroflows.simulations"
+from .. import tensor_file
+
+FORMAT = "pyroflows.Simulations/1"
 
 
 @dataclass(frozen=True)
@@ -90,14 +89,11 @@ class Simulations:
     def save(self, path: str | Path) -> None:
         """Write the draws to a safetensors file."""
         tensors = {
-            f"{group}.{name}": values.contiguous()
+            f"{group}.{name}": values
             for group in ("parameters", "observations")
             for name, values in getattr(self, group).items()
         }
-        about = json.dumps({"format": _FORMAT, "num_invalid": self.num_invalid})
-        temporary = Path(f"{path}.part")  # a pause while writing must not leave half a file
-        save_file(tensors, temporary, {"about": about})
-        temporary.replace(path)
+        tensor_file.write(path, FORMAT, tensors, {"num_invalid": self.num_invalid})
 
     @classmethod
     def load(cls, path: str | Path) -> Simulations:
@@ -108,14 +104,11 @@ class Simulations:
         ValueError
             If it is not such a file.
         """
+        tensors, about = tensor_file.read(path, FORMAT)
         groups: dict[str, dict[str, Tensor]] = {"parameters": {}, "observations": {}}
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            if about.get("format") != _FORMAT:
-                raise ValueError(f"{path} does not hold simulations")
-            for key in file.keys():  # noqa: SIM118 - the file is no mapping
-                group, name = key.split(".", 1)
-                groups[group][name] = file.get_tensor(key)
+        for key, values in tensors.items():
+            group, name = key.split(".", 1)
+            groups[group][name] = values
         return cls(groups["parameters"], groups["observations"], about["num_invalid"])
 
     def _sites(self) -> list[tuple[str, Tensor]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.infer.autoguide import AutoContinuous, AutoDiagonalNormal, AutoMultivariateNormal
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import guides
+from .. import guides, tensor_file
 
 FORMAT = "pyroflows.VariationalPosterior/1"
 
@@ -60,18 +56,7 @@ def write(
         "kwargs": _encode(kwargs, "kwargs", content),
         "sites": dict(sites),
     }
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    try:
-        save_file(
-            {name: value.detach().cpu().contiguous().clone() for name, value in content.items()},
-            temporary,
-            metadata={"format": FORMAT, "json": json.dumps(metadata)},
-        )
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"path {str(path)!r} cannot be written: {error}") from error
+    tensor_file.write(path, FORMAT, content, metadata)
 
 
 @dataclass(frozen=True)
@@ -94,19 +79,9 @@ def read(path: str | Path, model: Callable, required: Sequence[str]) -> Stored:
     ValueError
         If the file cannot be read, holds something else, or lacks a required tensor.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"path {str(path)!r} cannot be read: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"path {str(path)!r} must hold a {FORMAT}, got format {metadata.get('format')!r}"
-        )
+    tensors, content = tensor_file.read(path, FORMAT)
     weights = {k.removeprefix("guide."): v for k, v in tensors.items() if k.startswith("guide.")}
     try:
-        content = json.loads(metadata["json"])
         for name in required:
             tensors[name]
         return Stored(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ... import tensor_file
 from .data import Rows
 from .settings import Settings
 
@@ -68,22 +65,11 @@ class Checkpoint:
         """Return the state in the file; ``None`` if there is no file yet."""
         if not self.path.exists():
             return None
+        tensors, content = tensor_file.read(self.path, FORMAT, "checkpoint")
         try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"checkpoint {str(self.path)!r} cannot be read: {error}") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"checkpoint {str(self.path)!r} must hold a {FORMAT}, got format "
-                f"{metadata.get('format')!r}"
-            )
-        try:
-            content = json.loads(metadata["json"])
             self._check_identity(content["identity"])
             return _unpack(tensors, content["numbers"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError) as error:
             message = f"checkpoint {str(self.path)!r} holds a damaged training: {error!r}"
             raise ValueError(message) from error
 
@@ -100,19 +86,8 @@ class Checkpoint:
         if not at_once and time.monotonic() - self.written < SECONDS_BETWEEN_WRITES:
             return
         tensors, numbers = _pack(state)
-        temporary = self.path.with_name(self.path.name + ".part")
-        content = json.dumps({"identity": self.identity, "numbers": numbers})
-        try:
-            save_file(
-                {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()},
-                temporary,
-                metadata={"format": FORMAT, "json": content},
-            )
-            os.replace(temporary, self.path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            message = f"checkpoint {str(self.path)!r} cannot be written: {error}"
-            raise ValueError(message) from error
+        content = {"identity": self.identity, "numbers": numbers}
+        tensor_file.write(self.path, FORMAT, tensors, content, "checkpoint")
         self.written = time.monotonic()
 
 
