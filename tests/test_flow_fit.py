@@ -463,7 +463,7 @@ def test_files_that_are_no_checkpoints_are_refused_before_training(tmp_path: Pat
     with pytest.raises(ValueError, match=r"must hold a pyroflows\.DensityTraining/1, got .*None"):
         realnvp().fit(correlated(), checkpoint=path, penalty=penalty, **SHORT)
     save_file({"x": torch.zeros(1)}, path, metadata={"format": "pyroflows.DensityTraining/1"})
-    with pytest.raises(ValueError, match="holds a damaged (training|result)"):
+    with pytest.raises(ValueError, match=r"holds a damaged (training|result)"):
         realnvp().fit(correlated(), checkpoint=path, penalty=penalty, **SHORT)
     missing = tmp_path / "missing" / "file"
     with pytest.raises(ValueError, match="cannot be written"):
