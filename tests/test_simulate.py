@@ -143,6 +143,21 @@ def test_a_paused_simulation_goes_on(tmp_path: Path) -> None:
     assert all(file.stat().st_mtime_ns == time for file, time in written.items())
 
 
+def test_a_paused_simulation_keeps_its_sites_apart(tmp_path: Path) -> None:
+    """Files name their tensors in another order than the model does."""
+
+    def model() -> None:
+        width = pyro.sample("width", dist.Uniform(10.0, 11.0))
+        height = pyro.sample("height", dist.Uniform(20.0, 21.0))
+        pyro.sample("x", dist.Normal(width * height, 1.0))
+
+    simulate(model, 60, batch_size=30, path=tmp_path, progress=False)
+    resumed = simulate(model, 100, batch_size=30, path=tmp_path, progress=False)
+    assert same(resumed, simulate(model, 100, batch_size=30, progress=False))
+    assert (resumed.parameters["width"] < 12).all()
+    assert (resumed.parameters["height"] > 19).all()
+
+
 def test_a_folder_of_other_simulations_is_refused(tmp_path: Path) -> None:
     simulate(conjugate, 10, path=tmp_path, progress=False)
     with pytest.raises(ValueError, match="holds other simulations"):

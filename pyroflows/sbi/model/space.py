@@ -6,15 +6,17 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import (
     AffineTransform,
     ComposeTransform,
+    IndependentTransform,
     Transform,
 )
+
+from .simulator_runs import Job, run, seeded
 
 
 class ParameterSpace:
@@ -116,6 +118,7 @@ class ParameterSpace:
         parts = []
         for (name, transform), size in zip(self.transforms.items(), self.sizes):
             value = self._checked(name, values)
+            transform = _on(value.device, transform)
             batch_shape = value.shape[: value.dim() - len(self.shapes[name])]
             unconstrained = transform.inv(value.double())
             parts.append(unconstrained.reshape((*batch_shape, size)).to(value.dtype))
@@ -128,10 +131,15 @@ class ParameterSpace:
             for name, transform, part in self._parts(vectors)
         }
 
-    def log_abs_det_jacobian(self, vectors: Tensor) -> Tensor:
-        """Return ``log|det|`` of the map from vectors ``(*batch, D)`` to values, ``(*batch,)``."""
+    def log_abs_det_jacobian(self, vectors: Tensor, names: Collection[str] | None = None) -> Tensor:
+        """Return ``log|det|`` of the map from vectors ``(*batch, D)`` to values, ``(*batch,)``.
+
+        With ``names``, of the map to these sites alone.
+        """
         total = vectors.new_zeros(vectors.shape[:-1], dtype=torch.float64)
-        for _, transform, part in self._parts(vectors):
+        for name, transform, part in self._parts(vectors):
+            if names is not None and name not in names:
+                continue
             log_det = transform.log_abs_det_jacobian(part, transform(part))
             for _ in range(log_det.dim() - total.dim()):
                 log_det = log_det.sum(-1)
@@ -143,11 +151,10 @@ class ParameterSpace:
             raise ValueError(
                 f"vectors must have {self.dim} entries, got shape {tuple(vectors.shape)}"
             )
+        batch_shape, parts = vectors.shape[:-1], vectors.double().split(self.sizes, -1)
         return [
-            (name, self.transforms[name], part.double().reshape((*vectors.shape[:-1], *shape)))
-            for (name, shape), part in zip(
-                self.unconstrained_shapes.items(), vectors.split(self.sizes, -1)
-            )
+            (name, _on(vectors.device, self.transforms[name]), part.reshape((*batch_shape, *shape)))
+            for (name, shape), part in zip(self.unconstrained_shapes.items(), parts)
         ]
 
     def _checked(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
@@ -158,7 +165,7 @@ class ParameterSpace:
             raise ValueError(
                 f"site {name!r} has shape {tuple(shape)}, got values of shape {tuple(value.shape)}"
             )
-        if not bool(self.supports[name].check(value).all()):
+        if not bool(self.supports[name].check(value.cpu()).all()):
             raise ValueError(f"values of site {name!r} lie outside the support of its prior")
         return value
 
@@ -212,6 +219,22 @@ def _bijection(name: str, distribution: Any) -> Transform:
     return biject_to(support)
 
 
+def _on(device: torch.device, transform: Transform) -> Transform:
+    """Return a transform whose constants are on a device."""
+    if isinstance(transform, ComposeTransform):
+        return ComposeTransform([_on(device, part) for part in transform.parts])
+    if isinstance(transform, IndependentTransform):
+        base = _on(device, transform.base_transform)
+        return IndependentTransform(base, transform.reinterpreted_batch_ndims)
+    if isinstance(transform, AffineTransform):
+        loc, scale = (
+            constant.to(device) if isinstance(constant, Tensor) else constant
+            for constant in (transform.loc, transform.scale)
+        )
+        return AffineTransform(loc, scale, transform.event_dim)
+    return transform
+
+
 def _same(one: Transform, other: Transform) -> bool:
     if isinstance(one, ComposeTransform) and isinstance(other, ComposeTransform):
         return all(_same(a, b) for a, b in zip(one.parts, other.parts, strict=True))
@@ -230,21 +253,43 @@ def latent_sites(
     kwargs: Mapping[str, Any],
     seed: int = 0,
 ) -> dict[str, tuple[Any, torch.Size]]:
-    """Return the distribution and the shape of each parameter in a trace of a model."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        trace = poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)
-    sampled = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    """Return the distribution and the shape of each parameter in a trace of a model.
+
+    Raises
+    ------
+    ValueError
+        If a name is no site, a parameter is observed, or there are no parameters.
+    SimulationError
+        If the model raises.
+    """
+    with seeded(seed), torch.no_grad():
+        trace = run(Job(model, args, kwargs, tuple(parameters or ()), tuple(observed)), model)
+    sampled = {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    }
     _check_names("observed", observed, sampled)
     _check_names("parameters", parameters or (), sampled)
-    return {
-        name: (site["fn"], site["value"].shape)
+    if both := sorted({*observed} & {*(parameters or ())}):
+        raise ValueError(f"parameters must not be observed, got {both} as both")
+    found = {
+        name: (site["fn"], torch.as_tensor(site["value"]).shape)
         for name, site in sampled.items()
-        if (parameters is None or name in parameters)
-        and name not in observed
-        and not site_is_subsample(site)
-        and (not site["is_observed"] or name in (parameters or ()))
+        if name not in observed
+        and (not site["is_observed"] if parameters is None else name in parameters)
     }
+    if not found:
+        raise ValueError("the simulator has no latent sites: there is nothing to infer")
+    return found
+
+
+def site_names(argument: str, names: str | Collection[str]) -> tuple[str, ...]:
+    """Return one name or several as a tuple, one at least."""
+    result = (names,) if isinstance(names, str) else tuple(names)
+    if not result:
+        raise ValueError(f"{argument} must name at least one site, got none")
+    return result
 
 
 def _check_names(argument: str, names: Collection[str], sites: Collection[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import tensor_file
+from ... import tensor_file
 
 FORMAT = "pyroflows.Simulations/1"
 
@@ -65,20 +65,58 @@ class Simulations:
             self.num_invalid,
         )
 
+    def empty(self, num_draws: int) -> Simulations:
+        """Return room for draws like these, to be filled."""
+        return Simulations(
+            {name: v.new_empty(num_draws, *v.shape[1:]) for name, v in self.parameters.items()},
+            {name: v.new_empty(num_draws, *v.shape[1:]) for name, v in self.observations.items()},
+        )
+
+    def fill(self, rows: slice, draws: Simulations) -> None:
+        """Write draws into these rows, in place.
+
+        Raises
+        ------
+        ValueError
+            If a site has another shape.
+        """
+        given = dict(draws._sites())  # sites from a file come in another order
+        for name, values in self._sites():
+            _check_shape(name, values, given[name])
+            values[rows] = given[name]
+
     @classmethod
     def concatenate(cls, parts: Iterable[Simulations]) -> Simulations:
-        """Return the draws of several parts in a row."""
+        """Return the draws of several parts in a row.
+
+        Raises
+        ------
+        ValueError
+            If the shape of a site changes from part to part.
+        """
         parts = list(parts)
+        for part in parts:
+            given = dict(part._sites())
+            for name, values in parts[0]._sites():
+                _check_shape(name, values, given[name])
         return cls(
             {n: torch.cat([part.parameters[n] for part in parts]) for n in parts[0].parameters},
             {n: torch.cat([part.observations[n] for part in parts]) for n in parts[0].observations},
             sum(part.num_invalid for part in parts),
         )
 
-    def valid(self) -> Simulations:
-        """Return the draws in which every number is finite, with a count of the others."""
+    def valid(self, keep_nan: bool = False) -> Simulations:
+        """Return the draws in which every number is finite, with a count of the others.
+
+        With ``keep_nan``, NaN in observations counts as finite.
+        """
+        groups = ((self.parameters, False), (self.observations, keep_nan))
         finite = torch.stack(
-            [values.reshape(len(self), -1).isfinite().all(1) for _, values in self._sites()]
+            [
+                (values.isfinite() | (values.isnan() & nan)).reshape(len(self), -1).all(1)
+                for group, nan in groups
+                for values in group.values()
+            ]
         ).all(0)
         if bool(finite.all()):
             return self
@@ -113,3 +151,11 @@ class Simulations:
 
     def _sites(self) -> list[tuple[str, Tensor]]:
         return [*self.parameters.items(), *self.observations.items()]
+
+
+def _check_shape(name: str, values: Tensor, other: Tensor) -> None:
+    if values.shape[1:] != other.shape[1:]:
+        raise ValueError(
+            f"site {name!r} must have one shape in all draws, got {tuple(values.shape[1:])} and "
+            f"{tuple(other.shape[1:])}; pad the shorter ones"
+        )

@@ -1,0 +1,1 @@
+"""What is read from a simulator: runs and draws, parameters, observations, densities."""

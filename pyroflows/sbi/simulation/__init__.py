@@ -1,0 +1,1 @@
+"""Draws of parameters and observations from simulators."""
