@@ -1,0 +1,1 @@
+"""Densities of parameters given observations, and of observations given parameters."""
