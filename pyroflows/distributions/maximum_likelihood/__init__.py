@@ -1,6 +1,6 @@
 """Maximum likelihood: the fit of densities to data."""
 
-from .data import Rows, check_rows, split
+from .data import Rows, check_rows, concatenate, split
 from .density_fit import DensityFit
 from .settings import Settings
 from .training import Penalty, maximize_likelihood
@@ -11,6 +11,7 @@ __all__ = [
     "Rows",
     "Settings",
     "check_rows",
+    "concatenate",
     "maximize_likelihood",
     "split",
 ]

@@ -36,6 +36,14 @@ class Rows:
             yield Rows(self.data[part], None if self.context is None else self.context[part])
 
 
+def concatenate(one: Rows, other: Rows) -> Rows:
+    """Return the rows of both, which have contexts."""
+    assert one.context is not None
+    assert other.context is not None
+    context = torch.cat([one.context, other.context])
+    return Rows(torch.cat([one.data, other.data]), context)
+
+
 def check_rows(
     data: Tensor | np.ndarray,
     context: Tensor | np.ndarray | None,

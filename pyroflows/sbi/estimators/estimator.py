@@ -1,0 +1,298 @@
+"""The training that all estimators share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import tensor_file
+from ...distributions.maximum_likelihood import (
+    DensityFit,
+    Rows,
+    Settings,
+    concatenate,
+    maximize_likelihood,
+    split,
+)
+from ..densities.conditional import ConditionalDensity
+from ..model.joint_density import JointDensity
+from ..model.masking import Masking
+from ..model.observations import ObservationSpace
+from ..model.prior import check_prior
+from ..model.simulations import Simulations
+from ..model.space import ParameterSpace, site_names
+from ..posteriors.posterior import FORMAT, Posterior
+from ..simulation.simulate import given_or_drawn
+from .augmentation import can_augment, draw_pairs, has_memorised
+from .neural_likelihood import NeuralLikelihood, default_steps
+from .pairs import pairs
+
+BATCH_SIZE = 512
+LEARNING_RATE = 1e-3
+NUM_STEPS = 6000
+AUGMENTED_STEPS = 2  # times as many, where data do not run out
+
+
+class Estimator:
+    """Learn a conditional density from the draws of a simulator.
+
+    Parameters
+    ----------
+    simulator, observed, parameters, args, kwargs
+        The model and its sites, see :func:`simulate`.
+    embedding
+        A module that summarises one observation.
+    missing, min_size
+        Which observations to be ready for, see :class:`FlowMatching`.
+    device
+        Where to train.
+    **options
+        Options of the density.
+    """
+
+    def __init__(
+        self,
+        simulator: Callable,
+        observed: str | Collection[str] = "x",
+        *,
+        parameters: Collection[str] | None = None,
+        args: tuple = (),
+        kwargs: Mapping[str, Any] | None = None,
+        embedding: nn.Module | None = None,
+        missing: str | None = None,
+        min_size: int | None = None,
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ) -> None:
+        if not callable(simulator):
+            raise TypeError(f"simulator must be a Pyro model, got {type(simulator).__name__}")
+        self.simulator = simulator
+        self.observed = site_names("observed", observed)
+        self.parameters = parameters
+        self.args = args
+        self.kwargs = dict(kwargs or {})
+        self.embedding = embedding
+        self.device = torch.device(device)
+        self.options = options
+        where = (simulator, self.observed)
+        self.space = ParameterSpace.of_model(*where, parameters, args, self.kwargs)
+        check_prior(simulator, self.space.names, self.observed, args, self.kwargs)
+        self.observations = ObservationSpace.of_model(
+            *where, args, self.kwargs, self.space.names
+        ).of_training(missing, min_size)
+
+    def density(
+        self, dim: int, observations: ObservationSpace, num_pairs: int
+    ) -> ConditionalDensity:
+        """Build the density to train on so many pairs."""
+        raise NotImplementedError
+
+    def fit(
+        self,
+        simulations: Simulations | None = None,
+        *,
+        num_simulations: int | None = None,
+        num_steps: int = NUM_STEPS,
+        batch_size: int = BATCH_SIZE,
+        learning_rate: float = LEARNING_RATE,
+        weight_decay: float = 1e-2,
+        validation_fraction: float = 0.1,
+        patience: int | None = None,
+        augment: bool = True,
+        seed: int = 0,
+        progress: bool = True,
+        checkpoint: str | Path | None = None,
+    ) -> Posterior:
+        """Train, and return the posterior as a function of the observation.
+
+        Parameters
+        ----------
+        simulations
+            Draws from the simulator, or
+        num_simulations
+            how many to draw.
+        num_steps, batch_size, learning_rate, weight_decay, validation_fraction, patience
+            See :meth:`pyroflows.Flow.fit`, like ``checkpoint``.
+        augment
+            Whether to train once more where training has memorised the simulations: on pairs of
+            parameters from the prior and observations from a likelihood that is learned from the
+            simulations, see :class:`NeuralLikelihood`. What does better on simulations held out is
+            kept.
+        seed
+            Determines simulations, initial weights and training.
+        progress
+            Whether to show progress bars.
+
+        Raises
+        ------
+        ValueError
+            If neither or both of ``simulations`` and ``num_simulations`` are given, or the
+            simulations are too few to train on or do not fit the simulator.
+        """
+        with torch.random.fork_rng(devices=[]):
+            self.density(self.space.dim, self.observations, 1)  # wrong options are refused now
+        simulations = given_or_drawn(
+            simulations,
+            num_simulations,
+            self.simulator,
+            self.observed,
+            parameters=self.space.names,
+            args=self.args,
+            kwargs=self.kwargs,
+            seed=seed,
+            progress=progress,
+            keep_nan=self.observations.missing == "simulated",
+        )
+        z, x = pairs(simulations, self.space, self.observations)
+        masking = Masking(self.observations)
+        masking.check(x)
+        settings = Settings(
+            num_steps,
+            batch_size,
+            learning_rate,
+            weight_decay,
+            validation_fraction,
+            patience,
+            True,
+            seed,
+        )
+        training, validation = split(self._rows(z, x), validation_fraction, seed)
+        validation = masking.validation(validation, seed)
+
+        train = partial(self._train, training, validation, masking, progress)
+        density, fit = train(None, settings, _stage(checkpoint, ""))
+        num_pairs = len(training)
+        if augment and can_augment(self.observations) and has_memorised(fit, num_steps):
+            more = self._drawn_pairs(simulations, settings, progress, checkpoint)
+            longer = replace(settings, num_steps=AUGMENTED_STEPS * num_steps)
+            augmented, refit = train(more, longer, _stage(checkpoint, ".augmented"))
+            if refit.best_validation_loss < fit.best_validation_loss:
+                density, fit, num_pairs = augmented, refit, num_pairs + len(more)
+        about = {**self._about(), "num_simulations": len(simulations), "num_pairs": num_pairs}
+        return Posterior(self.space, self.observations, density, about, fit, self._joint())
+
+    def _train(
+        self,
+        training: Rows,
+        validation: Rows,
+        masking: Masking,
+        progress: bool,
+        more: Rows | None,
+        settings: Settings,
+        checkpoint: Path | None,
+    ) -> tuple[ConditionalDensity, DensityFit]:
+        """Train a density on simulations, and on more pairs if there are any."""
+        rows = training if more is None else concatenate(training, more)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(settings.seed)
+            density = self.density(self.space.dim, self.observations, len(rows)).to(self.device)
+            fit = maximize_likelihood(
+                _Trained(density, masking),
+                rows,
+                validation,
+                settings,
+                None,
+                progress,
+                checkpoint,
+                prepare=lambda: density.prepare(training.data, training.context),
+            )
+        return density, fit
+
+    def _drawn_pairs(
+        self,
+        simulations: Simulations,
+        settings: Settings,
+        progress: bool,
+        checkpoint: str | Path | None,
+    ) -> Rows:
+        """Learn the likelihood from the simulations, and draw pairs from it."""
+        (observed,) = self.observations.names
+        model = NeuralLikelihood(
+            self.simulator,
+            observed,
+            parameters=self.space.names,
+            args=self.args,
+            kwargs=self.kwargs,
+            num_flows=1,
+            device=self.device,
+        ).fit(
+            simulations,
+            num_steps=min(settings.num_steps, default_steps(len(simulations))),
+            validation_fraction=settings.validation_fraction,
+            seed=settings.seed,
+            progress=progress,
+            checkpoint=_stage(checkpoint, ".likelihood"),
+        )
+        shape = self.observations.tensor(simulations.observations).shape[1:]
+        return self._rows(*draw_pairs(model, shape, settings.seed))
+
+    def _rows(self, z: Tensor, x: Tensor) -> Rows:
+        return Rows(z.to(self.device), x.to(self.device))
+
+    def load(self, path: str | Path) -> Posterior:
+        """Read a posterior that an estimator like this one has trained, and was saved.
+
+        Parameters
+        ----------
+        path
+            What :meth:`Posterior.save` was given.
+
+        Raises
+        ------
+        ValueError
+            If the file holds something else, or belongs to another model or other options.
+        """
+        state, about = tensor_file.read(path, FORMAT)
+        for name, expected in self._about().items():
+            if about.get(name) != expected:
+                raise ValueError(
+                    f"path {str(path)!r} belongs to another estimator, of {name} "
+                    f"{about.get(name)!r}, got {expected!r}"
+                )
+        density = self.density(self.space.dim, self.observations, about["num_pairs"])
+        density.load_state_dict(state)
+        density.to(self.device)
+        return Posterior(self.space, self.observations, density, about, joint=self._joint())
+
+    def _joint(self) -> JointDensity:
+        where = (self.space, self.observations, self.args, self.kwargs)
+        return JointDensity(self.simulator, *where)
+
+    def _about(self) -> dict[str, Any]:
+        """Say what a trained posterior belongs to."""
+        return {
+            "method": type(self).__name__,
+            "options": {key: repr(value) for key, value in self.options.items()},
+            "parameters": {name: [*shape] for name, shape in self.space.shapes.items()},
+            "observed": {name: [*shape] for name, shape in self.observations.shapes.items()},
+            "missing": self.observations.missing,
+            "sizes": self.observations.sizes and [*self.observations.sizes],
+        }
+
+
+def _stage(checkpoint: str | Path | None, suffix: str) -> Path | None:
+    """Return the file that a stage of the training goes to."""
+    return None if checkpoint is None else Path(f"{checkpoint}{suffix}")
+
+
+class _Trained:
+    """Present a conditional density to the training loop."""
+
+    def __init__(self, module: ConditionalDensity, masking: Masking) -> None:
+        self.module = module
+        self.masking = masking
+
+    def score(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.module.score(z, self.masking.batch(x) if self.module.training else x)
+
+    def train(self) -> None:
+        self.module.train()
+
+    def eval(self) -> None:
+        self.module.eval()
