@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import pyroflows as pf
-from pyroflows.sbi import FlowMatching, NeuralLikelihood, NeuralPosterior, Posterior, simulate
+from pyroflows.sbi import FlowMatching, NeuralPosterior, Posterior, simulate
 from tests.simulators import conjugate, two_moons
 
 SMALL: dict[type, dict] = {
@@ -40,7 +39,7 @@ def exact(x: Tensor) -> dist.MultivariateNormal:
 def trained(estimator: Callable, model: Callable = linear) -> Posterior:
     """Train once, for all tests that only look."""
     return estimator(model, **SMALL[estimator]).fit(
-        num_simulations=4000, num_steps=400, progress=False
+        num_simulations=4000, num_steps=400, augment=False, progress=False
     )
 
 
@@ -117,23 +116,9 @@ def test_nothing_leaves_the_prior(estimator: Callable) -> None:
     posterior = estimator(two_moons, parameters=["theta"], **SMALL[estimator]).fit(
         num_simulations=1000, num_steps=30, progress=False
     )
-    theta = posterior.sample(2000, x=torch.tensor([5.0, -5.0]))["theta"]
+    with pytest.warns(UserWarning, match="outside of what was simulated"):
+        theta = posterior.sample(2000, x=torch.tensor([5.0, -5.0]))["theta"]
     assert (theta.abs() < 1).all()
-
-
-def test_a_learned_likelihood_is_a_model_that_fit_works_on() -> None:
-    model = NeuralLikelihood(conjugate, num_layers=1, hidden_dims=(16,)).fit(
-        num_simulations=4000, num_steps=600, progress=False
-    )
-    points = torch.linspace(-2, 2, 50).unsqueeze(-1)
-    log_prob = model.flow.condition(torch.tensor([0.7])).log_prob(points)
-    expected = dist.Normal(0.7, 1.0).log_prob(points.squeeze(-1))
-    assert (log_prob - expected).abs().max() < 0.2
-    x = torch.tensor([1.0, 0.2, 1.8, 1.4, 0.6])  # five points, trained on three
-    result = pf.fit(model, pf.AutoRealNVP(model, num_layers=2), (x,), num_steps=300, progress=False)
-    mean = result.sample(4000, resample=True)["mean"]
-    assert mean.mean().item() == pytest.approx(5 / 6, abs=0.1)
-    assert mean.std().item() == pytest.approx(6**-0.5, abs=0.06)
 
 
 # Manners

@@ -1,0 +1,1 @@
+"""Posteriors: what estimators return, and how to sample it."""
