@@ -5,7 +5,16 @@ import pkgutil
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-TOOLS = {"__main__", "command_line", "energy_functions", "toys"}
+TOOLS = {
+    "__main__",
+    "accuracy",
+    "budget",
+    "calibration",
+    "command_line",
+    "corner",
+    "energy_functions",
+    "toys",
+}
 
 
 def main() -> None:
