@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from pyroflows.diagnostics import c2st
-from pyroflows.sbi import FlowMatching, NeuralPosterior
+from pyroflows.sbi import FlowMatching, NeuralLikelihood, NeuralPosterior
 from tests import simulators
 from tests.reference import reference_folder
 
@@ -26,7 +26,11 @@ TASKS: dict[str, tuple[Callable, str]] = {
     "slcp": (simulators.slcp_flat, "slcp"),
     "slcp_plate": (simulators.slcp, "slcp"),
 }
-ESTIMATORS = {"FlowMatching": FlowMatching, "NeuralPosterior": NeuralPosterior}
+ESTIMATORS = {
+    "FlowMatching": FlowMatching,
+    "NeuralPosterior": NeuralPosterior,
+    "NeuralLikelihood": NeuralLikelihood,
+}
 
 
 def score(task: str, name: str, budget: int, arguments: argparse.Namespace) -> dict:
