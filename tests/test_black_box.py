@@ -122,6 +122,20 @@ def test_priors_of_torch_and_pyro(prior: Any) -> None:
     assert estimator.space.unconstrain(simulations.parameters).shape == (20, 2)
 
 
+@pytest.mark.parametrize("tensors", [False, True])
+@pytest.mark.parametrize("vectorized", [False, True])
+def test_a_function_may_write_into_its_argument(vectorized: bool, tensors: bool) -> None:
+    def function(theta: Any) -> Any:
+        theta *= 10
+        return theta
+
+    simulator = BlackBox(PRIOR, function, vectorized=vectorized, tensors=tensors)
+    simulations = simulate(simulator, 50, progress=False)
+    theta, x = simulations.parameters["theta"], simulations.observations["x"]
+    assert theta.abs().max() <= 1
+    torch.testing.assert_close(x, 10 * theta)
+
+
 def test_names_of_sites() -> None:
     model = BlackBox(PRIOR, noisy_sum, name="rates", observed="counts")
     simulations = simulate(model, 5, "counts", progress=False)

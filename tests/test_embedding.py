@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from pyroflows.sbi import ImageEmbedding, SeriesEmbedding, SetEmbedding
+from pyroflows.sbi.densities.conditional import ConditionalDensity
+from pyroflows.sbi.model.observations import ObservationSpace
 
 GRIDS = [
     lambda: SeriesEmbedding((1, 1), 5),
@@ -50,6 +52,15 @@ def test_missing_entries_differ_from_zeros(build: Callable) -> None:
     summary = embedding(missing)
     assert summary.isfinite().all()
     assert (summary - embedding(zeros)).abs().max() > 1e-4
+
+
+def test_embeddings_may_normalise_batches() -> None:
+    """One observation is no batch to normalise by, nor are zeros one to learn from."""
+    embedding = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout().eval())
+    density = ConditionalDensity(2, ObservationSpace({"x": torch.Size([3])}), embedding)
+    assert density.context_dim == 4
+    assert density.embedding[1].num_batches_tracked == 0
+    assert [part.training for part in density.embedding] == [True, True, False]
 
 
 def test_sets_have_no_order() -> None:

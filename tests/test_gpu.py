@@ -8,9 +8,16 @@ import pytest
 import torch
 
 import pyroflows as pf
-from pyroflows.sbi import FlowMatching, JointFlowMatching, NeuralLikelihood, NeuralPosterior
+from pyroflows.sbi import (
+    FlowMatching,
+    JointFlowMatching,
+    NeuralLikelihood,
+    NeuralPosterior,
+    simulate,
+    simulate_at,
+)
 from tests.batteries import REGISTERED, Case
-from tests.simulators import conjugate, gaussian_linear_uniform
+from tests.simulators import black_box, conjugate, gaussian_linear_uniform
 from tests.test_sbi import SMALL, exact, linear
 
 pytestmark = [
@@ -114,3 +121,18 @@ def test_likelihoods_train_on_the_device_and_move(tmp_path: Path) -> None:
     torch.testing.assert_close(
         other.log_likelihood(z, x), model.log_likelihood(z, x), rtol=1e-3, atol=1e-2
     )
+
+
+def test_parameters_on_the_device_go_to_a_simulator_on_the_cpu() -> None:
+    theta = torch.randn(20, 2)
+    on_cpu, on_device = (
+        simulate_at(black_box, {"theta": values}, progress=False)
+        for values in (theta, theta.cuda())
+    )
+    assert torch.equal(on_cpu.observations["x"], on_device.observations["x"])
+
+
+def test_simulating_leaves_the_random_state_of_the_device_alone() -> None:
+    state = torch.cuda.get_rng_state()
+    simulate(conjugate, 10, progress=False)
+    assert torch.equal(torch.cuda.get_rng_state(), state)

@@ -167,6 +167,26 @@ def test_intractable_likelihoods_are_refused() -> None:
     assert joint_of(two_moons, ("theta",)).log_prior(torch.zeros(2)).isfinite()
 
 
+def test_simulators_that_catch_errors_are_stopped_all_the_same() -> None:
+    def careful() -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        try:
+            pyro.sample("x", dist.Normal(theta, 1.0))
+        except Exception as error:
+            raise AssertionError("the model saw an error") from error
+
+    expected = dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.0))
+    log_joint = joint_of(careful).log_joint(torch.zeros(3, 1), torch.tensor(0.0))
+    torch.testing.assert_close(log_joint, (2 * expected).expand(3))
+
+
+def test_arrays_are_observations_too() -> None:
+    joint = joint_of(conjugate)
+    x = torch.tensor([0.5, -1.0, 2.0])
+    z = torch.zeros(2, 1)
+    assert torch.equal(joint.log_joint(z, x.numpy()), joint.log_joint(z, x))
+
+
 def test_wrong_observations_are_refused() -> None:
     joint = joint_of(conjugate)
     with pytest.raises(ValueError, match=r"has shape \(3,\), got x of shape \(4,\)"):

@@ -224,6 +224,12 @@ def test_covariates_and_local_parameters_are_not_exchangeable() -> None:
             noise = pyro.sample("noise", dist.Normal(0.0, 1.0))
             pyro.deterministic("x", slope * torch.arange(4.0) + noise)
 
+    def ring() -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("points", 6):
+            noise = pyro.sample("noise", dist.Normal(0.0, 1.0))
+            pyro.deterministic("x", mean + noise + 0.5 * noise.roll(1))
+
     def nested() -> None:
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
         with pyro.plate("rows", 3, dim=-2), pyro.plate("columns", 2, dim=-1):
@@ -233,6 +239,7 @@ def test_covariates_and_local_parameters_are_not_exchangeable() -> None:
     assert exchangeable_sites(hierarchy, ["x"], ["mean"]) == set()
     assert exchangeable_sites(hierarchy, ["x"]) == {"x"}  # the means are noise
     assert exchangeable_sites(covariates_of_a_computed_site, ["x"], ["slope"]) == set()
+    assert exchangeable_sites(ring, ["x"], ["mean"]) == set()  # neighbours are alike
     assert exchangeable_sites(nested, ["x"], ["mean"]) == set()
     assert exchangeable_sites(two_moons, ["x"]) == set()
     assert exchangeable_sites(slcp, ["x"], ["theta"]) == {"x"}

@@ -142,6 +142,12 @@ def test_wrong_statistics_are_refused(statistic: Any, message: str) -> None:
         check(statistics={"wrong": statistic})
 
 
+def test_a_statistic_that_is_nan_for_the_observation_is_refused() -> None:
+    x = torch.tensor([0.0, torch.nan, 1.0])
+    with pytest.raises(ValueError, match=r"statistics\['mean'\] must be a number for x, got NaN"):
+        check(x, statistics={"mean": lambda x: x.mean(-1)})
+
+
 def test_unknown_sites_are_refused() -> None:
     def observe(x: dict[str, Tensor]) -> None:
         check(x)

@@ -70,6 +70,11 @@ def test_impossible_numbers_are_refused(wrong: dict[str, int], fresh: Simulation
         calibration(Exact(), fresh, **wrong)
 
 
+def test_no_simulations_are_refused(fresh: Simulations) -> None:
+    with pytest.raises(ValueError, match="num_simulations must be at least 1, got 0"):
+        calibration(Exact(), fresh[:0])
+
+
 def test_simulations_of_another_model_are_refused(fresh: Simulations) -> None:
     other = Simulations({"theta": torch.randn(50)}, fresh[:50].observations)
     with pytest.raises(ValueError, match=r"must draw site 'theta', it draws \['mean'\]"):

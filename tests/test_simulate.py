@@ -130,6 +130,28 @@ def test_processes_make_no_difference() -> None:
     assert same(alone, processes)
 
 
+def test_whole_numbers_at_first_do_not_round_what_follows() -> None:
+    def rectified() -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.deterministic("x", torch.as_tensor(max(theta.item(), 0)))
+
+    seeds = (seed for seed in range(100) if _first(rectified, seed).dtype == torch.int64)
+    simulations = simulate(rectified, 20, batch_size=1, seed=next(seeds), progress=False)
+    theta = simulations.parameters["theta"]
+    assert torch.equal(simulations.observations["x"], theta.clamp(min=0))
+
+
+def _first(model: Callable, seed: int) -> torch.Tensor:
+    return simulate(model, 1, seed=seed, progress=False).observations["x"]
+
+
+def test_handlers_outside_do_not_see_the_runs() -> None:
+    outside = pyro.poutine.trace()
+    with outside:
+        simulate(conjugate, 10, progress=False)
+    assert not outside.trace.nodes
+
+
 # Storage
 
 
@@ -164,6 +186,19 @@ def test_a_folder_of_other_simulations_is_refused(tmp_path: Path) -> None:
         simulate(conjugate, 10, seed=1, path=tmp_path, progress=False)
 
 
+def test_a_folder_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    simulate(conjugate, 10, args=(3,), path=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"holds other simulations: of .*'x': \(3,\)"):
+        simulate(conjugate, 10, args=(4,), path=tmp_path, progress=False)
+
+
+def test_fewer_draws_than_a_folder_holds_leave_it_as_it_is(tmp_path: Path) -> None:
+    whole = simulate(conjugate, 60, batch_size=30, path=tmp_path, progress=False)
+    fewer = simulate(conjugate, 40, batch_size=30, path=tmp_path, progress=False)
+    assert same(fewer, whole[:40])
+    assert same(whole, simulate(conjugate, 60, batch_size=30, path=tmp_path, progress=False))
+
+
 def test_simulations_survive_a_file(tmp_path: Path) -> None:
     simulations = simulate(two_moons, 20, progress=False)
     simulations.save(tmp_path / "draws.safetensors")
@@ -179,6 +214,11 @@ def test_draws_can_be_selected_and_must_agree_in_number() -> None:
 
 
 # Failures
+
+
+def test_no_draws_are_all_valid() -> None:
+    nothing = simulate(conjugate, 20, progress=False)[:0]
+    assert len(nothing.valid()) == 0
 
 
 def test_invalid_draws_are_left_out_and_counted() -> None:

@@ -92,6 +92,12 @@ def test_batches_of_any_shape(space: ParameterSpace) -> None:
         assert space.log_abs_det_jacobian(torch.zeros(*batch, space.dim)).shape == batch
 
 
+def test_whole_numbers_are_numbers() -> None:
+    space = ParameterSpace({"scale": (dist.HalfNormal(1.0), torch.Size())})
+    expected = torch.tensor([[2.0], [5.0]]).log()
+    torch.testing.assert_close(space.unconstrain({"scale": torch.tensor([2, 5])}), expected)
+
+
 def test_noise_sites_are_left_out_on_request() -> None:
     def model() -> None:
         pyro.sample("theta", dist.Normal(0.0, 1.0))
@@ -116,9 +122,16 @@ def nothing_latent() -> None:
     pyro.sample("x", dist.Normal(0.0, 1.0))
 
 
+def random_bounds_of_a_vector() -> None:
+    low = pyro.sample("low", dist.Uniform(1.0, 2.0))
+    pyro.sample("theta", dist.Pareto(low, 1.0).expand([2]).to_event(1))
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (random_bounds_of_a_vector, "supports change from draw to draw"),
         (random_bound, "supports change from draw to draw"),
         (nothing_latent, "no latent sites: there is nothing to infer"),
     ],

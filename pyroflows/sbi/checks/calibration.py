@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...diagnostics import SBC, Coverage, coverage, tarp
 from ..model.simulations import Simulations
+from .entries import entry_names
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -115,13 +116,11 @@ def calibration(
     >>> calibration(exact, simulations, num_draws=100, num_densities=0).passes()
     True
     """
-    counts = {"num_draws": (num_draws, 1), "batch_size": (batch_size, 1)}
-    for name, (value, least) in {**counts, "num_densities": (num_densities, 0)}.items():
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    _check_counts(1, num_draws=num_draws, batch_size=batch_size, num_simulations=len(simulations))
+    _check_counts(0, num_densities=num_densities)
     some = min(num_densities, num_draws)
     draws, draw_densities, true_densities = [], [], []
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         for start in range(0, len(simulations), batch_size):
             part = simulations[start : start + batch_size]
@@ -129,8 +128,9 @@ def calibration(
             draws.append(_columns(drawn, part.parameters))
             if some:
                 first = {name: value[:some] for name, value in drawn.items()}
-                draw_densities.append(posterior.log_prob(first, x=part.observations))
-                true_densities.append(posterior.log_prob(part.parameters, x=part.observations))
+                true = part.parameters
+                draw_densities.append(posterior.log_prob(first, x=part.observations).cpu())
+                true_densities.append(posterior.log_prob(true, x=part.observations).cpu())
     truth, names = _columns(simulations.parameters, simulations.parameters), _names(simulations)
     all_draws = torch.cat(draws, 1)
     density = None
@@ -141,24 +141,22 @@ def calibration(
 
 
 def _columns(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Tensor:
-    """Return all entries of all sites side by side, ``(*batch, D)``."""
+    """Return all entries of all sites side by side, ``(*batch, D)``, on the CPU."""
     parts = []
     for name, value in like.items():
         if name not in values:
             raise ValueError(f"the posterior must draw site {name!r}, it draws {sorted(values)}")
         batch_shape = values[name].shape[: values[name].dim() - value.dim() + 1]
         parts.append(values[name].reshape(*batch_shape, -1))
-    return torch.cat(parts, -1)
+    return torch.cat(parts, -1).cpu()
 
 
 def _names(simulations: Simulations) -> list[str]:
-    return [
-        name if not shape else f"{name}[{', '.join(map(str, index))}]"
-        for name, value in simulations.parameters.items()
-        for shape in [value.shape[1:]]
-        for index in _indices(shape)
-    ]
+    sites = simulations.parameters.items()
+    return [entry for name, value in sites for entry in entry_names(name, value.shape[1:])]
 
 
-def _indices(shape: torch.Size) -> list[list[int]]:
-    return torch.ones(shape).nonzero().tolist()
+def _check_counts(least: int, **counts: int) -> None:
+    for name, count in counts.items():
+        if count < least:
+            raise ValueError(f"{name} must be at least {least}, got {count}")

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from ...arviz import build
 from ..model.exchangeable import exchangeable_sites
 from ..model.simulations import Simulations
 from ..simulation.simulate import BATCH_SIZE, simulate_at
+from .entries import entry_names
 
 Statistics = Mapping[str, Callable[[Any], Tensor]]
 
@@ -32,7 +32,8 @@ class PredictiveCheck:
     observations
         What was observed, by site.
     statistics
-        Test statistics by name, ``(N,)`` each: their values in simulated observations.
+        Test statistics by name: their values in simulated observations, ``(N,)`` less those that
+        are not finite.
     observed_statistics
         Their values in what was observed.
     """
@@ -137,7 +138,7 @@ def predictive_check(
     ------
     ValueError
         If simulated observations have another shape than ``x``, or a statistic does not give one
-        number for each.
+        number for each, or NaN for ``x``.
 
     References
     ----------
@@ -185,7 +186,7 @@ def predictive_check(
         simulations,
         observations,
         {name: _finite(name, values) for name, values in compute(simulations.observations).items()},
-        {name: value.item() for name, value in observed.items()},
+        {name: _number(name, value) for name, value in observed.items()},
     )
 
 
@@ -215,13 +216,13 @@ def _default_statistics(
         if name in plated:
             there = ~observed.reshape(len(observed), -1).isnan()
             columns = rows.reshape(len(rows), *there.shape).unbind(2)
-            for label, points, kept in zip(_labels(name, observed.shape[1:]), columns, there.T):
+            for label, points, kept in zip(entry_names(name, observed.shape[1:]), columns, there.T):
                 if bool(kept.any()):
                     statistics.update(_of_points(label, points[:, kept]))
         else:
             entries = rows.reshape(len(rows), -1).unbind(1)
             known = (~observed.isnan()).flatten().tolist()
-            labelled = zip(_labels(name, observed.shape), entries, known)
+            labelled = zip(entry_names(name, observed.shape), entries, known)
             statistics.update({label: entry for label, entry, kept in labelled if kept})
     return statistics
 
@@ -260,12 +261,12 @@ def _finite(name: str, values: Tensor) -> Tensor:
     return finite
 
 
+def _number(name: str, value: Tensor) -> float:
+    if bool(value.isnan().any()):  # no order, hence no tail
+        raise ValueError(f"statistics[{name!r}] must be a number for x, got NaN")
+    return value.item()
+
+
 def _two_sided(values: Tensor, observed: float) -> float:
     above, below = (values >= observed).sum().item(), (values <= observed).sum().item()
     return min(1.0, 2 * (1 + min(above, below)) / (1 + len(values)))
-
-
-def _labels(name: str, shape: torch.Size) -> list[str]:
-    if not shape:
-        return [name]
-    return [f"{name}[{', '.join(map(str, index))}]" for index in np.ndindex(*shape)]

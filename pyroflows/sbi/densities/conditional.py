@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -82,7 +84,7 @@ class ConditionalDensity(nn.Module):
     def context_dim(self) -> int:
         """Return the size of the summary of an observation."""
         example = next(self.standardizer.buffers()).new_zeros(1, 1, self.standardizer.loc.shape[0])
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(self.embedding):
             return self.embedding(example if self.is_set else example[0]).shape[-1]
 
     def features(self, x: Tensor) -> Tensor:
@@ -124,3 +126,15 @@ class ConditionalDensity(nn.Module):
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the log-density of ``z`` given ``x``."""
         raise NotImplementedError
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Have no statistics of batches in a ``with`` block, and all modes as they were after it."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

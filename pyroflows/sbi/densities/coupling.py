@@ -68,6 +68,8 @@ def optimal_transport(
 def _assigned(noise: Tensor, w: Tensor, condition: Tensor, weight: float) -> Tensor:
     """Return the rows of noise in the order of least cost."""
     cost = torch.cdist(w, noise).square() + weight * torch.cdist(condition, condition).square()
+    if not bool(cost.isfinite().all()):
+        raise FloatingPointError("the summaries or the parameters are not finite")
     order = torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1])
     return noise[order.to(noise.device)]
 

@@ -115,7 +115,10 @@ class JointFlowDensity(FlowMatchingDensity):
         return log_prob + zeros + scale
 
     def solver_error(self, num_samples: int, x: Tensor) -> SolverError:
-        return super().solver_error(num_samples, self._condition(x))
+        condition = self._condition(x)
+        error = super().solver_error(num_samples, condition)
+        # Given entries never change: the mean is that of the free ones.
+        return error._replace(mean=error.mean / condition.isnan().double().mean().item())
 
     def _condition(self, x: Tensor) -> Tensor:
         """Return observations as conditions, in which all parameters are free."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -53,14 +55,23 @@ def draw_pairs(model: LikelihoodModel, shape: torch.Size, seed: int) -> tuple[Te
     size = model.observations.size  # of what is independent given the parameters
     num_rows = shape.numel() // size
     num_pairs = max(1, min(NUM_PAIRS, MAX_ENTRIES // shape.numel()))
-    z = model.prior_draws(num_pairs, seed)
     like = next(model.flow.parameters())
+    z = model.prior_draws(num_pairs, seed).to(like.dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = [
             model.flow.condition(rows).sample()
             for rows in z.to(like).repeat_interleave(num_rows, 0).split(CHUNK)
         ]
-    x = torch.cat(parts).to(z).reshape(num_pairs, *shape)
+    x = torch.cat(parts).to(z).reshape(len(z), *shape)
     finite = x.flatten(1).isfinite().all(1)
     return z[finite], x[finite]
+
+
+def warn_of_failure(reason: object) -> None:
+    """Say that the posterior has to do without more pairs."""
+    warnings.warn(
+        f"the posterior is learned from the simulations alone, without pairs from a learned "
+        f"likelihood: {reason}",
+        stacklevel=4,
+    )

@@ -29,7 +29,7 @@ from ..model.simulations import Simulations
 from ..model.space import ParameterSpace, site_names
 from ..posteriors.posterior import FORMAT, Posterior
 from ..simulation.simulate import given_or_drawn
-from .augmentation import can_augment, draw_pairs, has_memorised
+from .augmentation import MAX_SIZE, can_augment, draw_pairs, has_memorised, warn_of_failure
 from .neural_likelihood import NeuralLikelihood, default_steps
 from .pairs import pairs
 
@@ -123,7 +123,8 @@ class Estimator:
             Whether to train once more where training has memorised the simulations: on pairs of
             parameters from the prior and observations from a likelihood that is learned from the
             simulations, see :class:`NeuralLikelihood`. What does better on simulations held out is
-            kept.
+            kept. Only for a single observed site without missing entries, of at most 64 numbers, or
+            as many an element of a plate.
         seed
             Determines simulations, initial weights and training.
         progress
@@ -166,14 +167,23 @@ class Estimator:
         validation = masking.validation(validation, seed)
 
         train = partial(self._train, training, validation, masking, progress)
-        density, fit = train(None, settings, _stage(checkpoint, ""))
+        density, fit = train(None, settings, stage(checkpoint, ""))
         num_pairs = len(training)
         if augment and can_augment(self.observations) and has_memorised(fit, num_steps):
-            more = self._drawn_pairs(simulations, settings, progress, checkpoint)
-            longer = replace(settings, num_steps=AUGMENTED_STEPS * num_steps)
-            augmented, refit = train(more, longer, _stage(checkpoint, ".augmented"))
-            if refit.best_validation_loss < fit.best_validation_loss:
-                density, fit, num_pairs = augmented, refit, num_pairs + len(more)
+            try:
+                more = self._drawn_pairs(simulations, settings, progress, checkpoint)
+                longer = replace(settings, num_steps=AUGMENTED_STEPS * num_steps)
+                augmented, refit = train(more, longer, stage(checkpoint, ".augmented"))
+                if refit.best_validation_loss < fit.best_validation_loss:
+                    density, fit, num_pairs = augmented, refit, num_pairs + len(more)
+                else:
+                    fit = replace(fit, interrupted=refit.interrupted)
+            # What is learned already outlives whatever goes wrong in making it better.
+            except KeyboardInterrupt:
+                fit = replace(fit, interrupted=True)
+                warn_of_failure("interrupted")
+            except (ArithmeticError, RuntimeError, ValueError) as error:
+                warn_of_failure(error)
         about = {**self._about(), "num_simulations": len(simulations), "num_pairs": num_pairs}
         return Posterior(self.space, self.observations, density, about, fit, self._joint())
 
@@ -213,7 +223,7 @@ class Estimator:
     ) -> Rows:
         """Learn the likelihood from the simulations, and draw pairs from it."""
         (observed,) = self.observations.names
-        model = NeuralLikelihood(
+        likelihood = NeuralLikelihood(
             self.simulator,
             observed,
             parameters=self.space.names,
@@ -221,14 +231,20 @@ class Estimator:
             kwargs=self.kwargs,
             num_flows=1,
             device=self.device,
-        ).fit(
+        )
+        if (size := likelihood.observations.size) > MAX_SIZE:
+            raise ValueError(f"{observed!r} has {size} entries that noise makes dependent")
+        model = likelihood.fit(
             simulations,
             num_steps=min(settings.num_steps, default_steps(len(simulations))),
             validation_fraction=settings.validation_fraction,
             seed=settings.seed,
             progress=progress,
-            checkpoint=_stage(checkpoint, ".likelihood"),
+            checkpoint=stage(checkpoint, ".likelihood"),
         )
+        assert model.fit is not None
+        if model.fit.interrupted:
+            raise KeyboardInterrupt
         shape = self.observations.tensor(simulations.observations).shape[1:]
         return self._rows(*draw_pairs(model, shape, settings.seed))
 
@@ -255,8 +271,14 @@ class Estimator:
                     f"path {str(path)!r} belongs to another estimator, of {name} "
                     f"{about.get(name)!r}, got {expected!r}"
                 )
-        density = self.density(self.space.dim, self.observations, about["num_pairs"])
-        density.load_state_dict(state)
+        with torch.random.fork_rng(devices=[]):
+            density = self.density(self.space.dim, self.observations, about["num_pairs"])
+        try:
+            density.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"path {str(path)!r} belongs to an estimator of other networks: {error}"
+            ) from error
         density.to(self.device)
         return Posterior(self.space, self.observations, density, about, joint=self._joint())
 
@@ -269,14 +291,14 @@ class Estimator:
         return {
             "method": type(self).__name__,
             "options": {key: repr(value) for key, value in self.options.items()},
-            "parameters": {name: [*shape] for name, shape in self.space.shapes.items()},
+            "parameters": self.space.describe(),
             "observed": {name: [*shape] for name, shape in self.observations.shapes.items()},
             "missing": self.observations.missing,
             "sizes": self.observations.sizes and [*self.observations.sizes],
         }
 
 
-def _stage(checkpoint: str | Path | None, suffix: str) -> Path | None:
+def stage(checkpoint: str | Path | None, suffix: str) -> Path | None:
     """Return the file that a stage of the training goes to."""
     return None if checkpoint is None else Path(f"{checkpoint}{suffix}")
 

@@ -168,6 +168,8 @@ class NeuralLikelihood:
             simulations are too few to train on, do not fit the simulator, or hold an entry that
             never varies, which has no density.
         """
+        with torch.random.fork_rng(devices=[]):
+            self.density()  # wrong options are refused now
         simulations = given_or_drawn(
             simulations,
             num_simulations,
@@ -245,7 +247,7 @@ class NeuralLikelihood:
             "flow": self.flow,
             "num_flows": self.num_flows,
             "options": {key: repr(value) for key, value in self.options.items()},
-            "parameters": {name: [*shape] for name, shape in self.space.shapes.items()},
+            "parameters": self.space.describe(),
             "observed": {name: [*shape] for name, shape in self.observations.shapes.items()},
         }
 

@@ -20,6 +20,8 @@ def pairs(
 ) -> tuple[Tensor, Tensor]:
     """Return simulations as tensors to learn from: unconstrained parameters, observations.
 
+    Both have the default dtype, that of the networks, whatever the simulator computes in.
+
     Raises
     ------
     TypeError
@@ -31,7 +33,8 @@ def pairs(
         raise TypeError(f"simulations must be Simulations, got {type(simulations).__name__}")
     _check_dims(simulations.parameters, space.shapes)
     _check_dims(simulations.observations, observations.shapes)
-    z, x = space.unconstrain(simulations.parameters), observations.tensor(simulations.observations)
+    x = observations.tensor(simulations.observations)
+    z = space.unconstrain(simulations.parameters).to(x.dtype)
     if len(simulations) > 1:
         _check_varying(z, space)
     if 1 < len(simulations) < FEW_SIMULATIONS:

@@ -15,6 +15,7 @@ from ..densities.velocity_density import VelocityDensity
 from ..model.simulations import Simulations
 from ..posteriors.posterior import Posterior
 from ..simulation.simulate import simulate, simulate_at
+from .estimator import stage
 from .flow_matching import FlowMatching
 
 NUM_PILOTS = 10_000  # draws that the region is read from
@@ -63,7 +64,7 @@ def refine(
     progress
         Whether to show progress bars.
     **settings
-        See :meth:`Estimator.fit`.
+        See :meth:`Estimator.fit`. With ``checkpoint`` each round has a file of its own.
 
     Returns
     -------
@@ -96,6 +97,8 @@ def refine(
     torch.Size([100])
     """
     observed = _checked(estimator, x, num_rounds, epsilon)
+    checkpoint = settings.pop("checkpoint", None)
+    keep_nan = estimator.observations.missing == "simulated"
     if simulations is None:
         simulations = simulate(
             estimator.simulator,
@@ -106,10 +109,17 @@ def refine(
             kwargs=estimator.kwargs,
             seed=seed,
             progress=progress,
+            keep_nan=keep_nan,
         )
-    posterior = estimator.fit(simulations, seed=seed, progress=progress, **settings)
+    how: dict[str, Any] = {"seed": seed, "progress": progress, **settings}
+    posterior = estimator.fit(simulations, checkpoint=checkpoint, **how)
+    # Pairs drawn from the whole prior would undo the truncation.
+    how["augment"] = False
     regions: list[_Region] = []
     for number in range(1, num_rounds):
+        assert posterior.fit is not None
+        if posterior.fit.interrupted:
+            break  # no region to trust
         regions.append(_Region(posterior, observed, epsilon, seed + number))
         parameters = _draw_prior(posterior, regions, num_simulations, seed + number)
         new = simulate_at(
@@ -120,13 +130,12 @@ def refine(
             kwargs=estimator.kwargs,
             seed=seed + number,
             progress=progress,
+            keep_nan=keep_nan,
         )
         z = estimator.space.unconstrain(simulations.parameters).to(parameters)
         kept = simulations[regions[-1].contains(z).nonzero().squeeze(-1).cpu()]
         simulations = Simulations.concatenate([kept, new])
-        # Pairs drawn from the whole prior would undo the truncation.
-        options = {**settings, "augment": False}
-        posterior = estimator.fit(simulations, seed=seed, progress=progress, **options)
+        posterior = estimator.fit(simulations, checkpoint=stage(checkpoint, f".{number}"), **how)
     posterior.about["observation"] = observed.tolist()
     return posterior
 

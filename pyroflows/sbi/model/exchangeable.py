@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .simulator_runs import seeded
+from .simulator_runs import close, is_deterministic, sample_sites, seeded
 
 
 def hidden_trace(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> poutine.Trace:
@@ -39,51 +38,43 @@ def exchangeable_sites(
     if len(plates) != 1:
         return set()
     ((name, size),) = plates
-    values = {n: torch.as_tensor(site["value"]) for n, site in _sites(trace).items()}
+    values = {n: torch.as_tensor(site["value"]) for n, site in sample_sites(trace).items()}
     inside = {n for n in values if (name, size) in _plates(trace.nodes[n])}
     of_one_plate = all(
         len(_plates(trace.nodes[n])) == 1 and values[n].shape[:1] == (size,) for n in inside
     )
     if not of_one_plate or not inside.isdisjoint(parameters):
         return set()
-    given = {n: v for n, v in values.items() if not _is_deterministic(trace.nodes[n])}
-    order = torch.arange(size).roll(1)
-    permuted = {n: v[order] if n in inside else v for n, v in given.items()}
-    one, other = (hidden_trace(poutine.condition(model, rows), *call) for rows in (given, permuted))
-    if all(_is_permuted(one.nodes[n], other.nodes[n], order) for n in inside):
-        return plated
-    return set()
+    given = {n: v for n, v in values.items() if not is_deterministic(trace.nodes[n])}
+    one = hidden_trace(poutine.condition(model, given), *call)
+    for order in _generators(size):
+        permuted = {n: v[order] if n in inside else v for n, v in given.items()}
+        other = hidden_trace(poutine.condition(model, permuted), *call)
+        if not all(_is_permuted(one.nodes[n], other.nodes[n], order) for n in inside):
+            return set()
+    return plated
+
+
+def _generators(size: int) -> list[Tensor]:
+    """Return a rotation and a swap, which together make all permutations; a ring only rotates."""
+    order = torch.arange(size)
+    rotation, swap = order.roll(1), torch.cat([order[:2].flip(0), order[2:]])
+    return [rotation] if size < 3 else [rotation, swap]
 
 
 def _is_permuted(one: Mapping[str, Any], other: Mapping[str, Any], order: Tensor) -> bool:
     """Tell whether a site moves with the values in its plate, as far as can be seen."""
     before, after = (torch.as_tensor(site["value"]) for site in (one, other))
-    if _is_deterministic(one):
+    if is_deterministic(one):
         # What does not change at all may be the noise of a black box: the plate is believed.
-        return _close(after, before[order]) or _close(after, before)
+        return close(after, before[order]) or close(after, before)
     try:
         before, after = (site["fn"].log_prob(site["value"]) for site in (one, other))
     except NotImplementedError:
         return True
-    return _close(after, before[order])
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-3, equal_nan=True)
-
-
-def _sites(trace: poutine.Trace) -> dict[str, Mapping[str, Any]]:
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site)
-    }
+    return close(after, before[order])
 
 
 def _plates(site: Mapping[str, Any]) -> set[tuple[str, int]]:
     """Return names and sizes of the vectorised plates of a site."""
     return {(f.name, f.size) for f in site["cond_indep_stack"] if f.dim is not None}
-
-
-def _is_deterministic(site: Mapping[str, Any]) -> bool:
-    return bool(site["infer"].get("_deterministic"))

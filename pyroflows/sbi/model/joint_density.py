@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .observations import ObservationSpace
+from .simulator_runs import AllReached, Until, close, is_deterministic, sample_sites, seeded
 from .space import ParameterSpace
 
 CHUNK = 4096  # vectors evaluated at once where the model allows
@@ -125,7 +124,7 @@ class JointDensity:
     def check_tractable(self) -> None:
         """Raise ``ValueError`` where the model has no density of the data given the parameters."""
         for name in self.observations.names:
-            if self._sites[name]["infer"].get("_deterministic"):
+            if is_deterministic(self._sites[name]):
                 raise ValueError(
                     f"the likelihood is not tractable: observed site {name!r} is "
                     "pyro.deterministic, which has no density; make it a pyro.sample"
@@ -145,13 +144,8 @@ class JointDensity:
     @cached_property
     def _sites(self) -> dict[str, dict]:
         """Return the sites of one run of the model."""
-        with torch.no_grad(), _seeded(0):
-            trace = self._trace(self.simulator, {})
-        return {
-            name: site
-            for name, site in trace.nodes.items()
-            if site["type"] == "sample" and not site_is_subsample(site)
-        }
+        with torch.no_grad(), seeded(0):
+            return sample_sites(self._trace(self.simulator, {}))
 
     @cached_property
     def _device(self) -> torch.device:
@@ -166,9 +160,10 @@ class JointDensity:
 
     def _observed(self, x: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = self.observations.names
-        if isinstance(x, Tensor):
+        if not isinstance(x, Mapping):
             if len(names) > 1:
-                raise ValueError(f"x must be a dict with the sites {names}, got a tensor")
+                kind = type(x).__name__
+                raise ValueError(f"x must be a dict with the sites {names}, got a {kind}")
             x = {names[0]: x}
         if missing := sorted(set(names) - set(x)):
             raise ValueError(f"x must hold the observed sites {missing}, got {sorted(x)}")
@@ -239,11 +234,9 @@ class JointDensity:
         # Far from the posterior a density may be NaN, which is checked for all of them at once.
         with poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered ", UserWarning)
-            try:
-                with tracer, _Until(values), poutine.condition(data=dict(values)):
-                    program(*self.args, **self.kwargs)
-            except _AllReachedError:
-                pass
+            condition = poutine.condition(data=dict(values))
+            with contextlib.suppress(AllReached), tracer, Until(values), condition:
+                program(*self.args, **self.kwargs)
         return tracer.trace
 
     @cached_property
@@ -252,9 +245,9 @@ class JointDensity:
         z, _ = self._example(())
         densities = []
         for seed in range(2):
-            with _seeded(seed), torch.no_grad():
+            with seeded(seed), torch.no_grad():
                 densities.append(self._rows(z[:1], {}, vectorized=False))
-        return _agree(*densities)
+        return close(*densities)
 
     @cached_property
     def _vectorizes_prior(self) -> bool:
@@ -275,7 +268,7 @@ class JointDensity:
         alone = torch.cat([part(slice(i, i + 1), False) for i in range(len(z))])
         try:
             return all(
-                _agree(part(slice(size), True), alone[:size]) for size in range(2, len(z) + 1)
+                close(part(slice(size), True), alone[:size]) for size in range(2, len(z) + 1)
             )
         except Exception:  # whatever it is, the model does not work on many vectors
             return False
@@ -283,43 +276,10 @@ class JointDensity:
     @torch.no_grad()
     def _example(self, observed: Collection[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a few parameters and observations as the model draws them."""
-        with _seeded(1):
+        with seeded(1):
             draws = [self._trace(self.simulator, {}).nodes for _ in range(5)]
 
         def stacked(names: Collection[str]) -> dict[str, Tensor]:
             return {name: torch.stack([draw[name]["value"] for draw in draws]) for name in names}
 
         return self.space.unconstrain(stacked(self.space.names)), stacked(observed)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Make random numbers reproducible in a ``with`` block, and leave those after it alone."""
-    state = pyro.util.get_rng_state()
-    pyro.set_rng_seed(seed)
-    try:
-        yield
-    finally:
-        pyro.util.set_rng_state(state)
-
-
-def _agree(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-3, equal_nan=True)
-
-
-class _AllReachedError(Exception):
-    """Stop a model that has nothing more to say."""
-
-
-class _Until(Messenger):
-    """Stop a model after the last of some sites; never if there are none."""
-
-    def __init__(self, names: Collection[str]) -> None:
-        super().__init__()
-        self.missing = set(names)
-
-    def _pyro_post_sample(self, msg: dict) -> None:
-        if msg["name"] in self.missing:
-            self.missing.remove(msg["name"])
-            if not self.missing:
-                raise _AllReachedError

@@ -49,7 +49,7 @@ class Masking:
     def frozen(self, x: Tensor, seed: int) -> Tensor:
         """Return observations with the same masks each time; elements left out are all NaN."""
         rows = x.cpu()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             torch.manual_seed(seed)
             if self._varies():
                 absent = torch.arange(x.shape[1]) >= self._numbers(len(x)).unsqueeze(-1)

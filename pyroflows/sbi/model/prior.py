@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from .simulator_runs import Job, run, seeded
+from .simulator_runs import AllReached, Job, Until, run, seeded
 
 
 class Prior:
@@ -40,30 +40,11 @@ class Prior:
 
     def __call__(self) -> dict[str, Tensor]:
         """Sample each parameter site; return the values by name."""
-        values = _Values(self.names)
-        try:
-            with values, poutine.block(hide_fn=lambda msg: msg["name"] not in self.names):
-                self.simulator(*self.args, **self.kwargs)
-        except _AllDrawn:
-            pass
-        return values.found
-
-
-class _AllDrawn(BaseException):
-    """Say that there is nothing more to draw; no simulator takes it for an error of its own."""
-
-
-class _Values(Messenger):
-    def __init__(self, names: Collection[str]) -> None:
-        super().__init__()
-        self.names = names
-        self.found: dict[str, Tensor] = {}
-
-    def _pyro_post_sample(self, msg: dict) -> None:
-        if msg["name"] in self.names:
-            self.found[msg["name"]] = msg["value"]
-            if len(self.found) == len(self.names):
-                raise _AllDrawn
+        until = Until(self.names)
+        others = poutine.block(hide_fn=lambda msg: msg["name"] not in self.names)
+        with contextlib.suppress(AllReached), until, others:
+            self.simulator(*self.args, **self.kwargs)
+        return until.found
 
 
 def check_prior(

@@ -14,7 +14,7 @@ from ... import tensor_file
 FORMAT = "pyroflows.Simulations/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Simulations:
     """Hold draws of parameters and of the observations simulated with them.
 
@@ -72,18 +72,19 @@ class Simulations:
             {name: v.new_empty(num_draws, *v.shape[1:]) for name, v in self.observations.items()},
         )
 
-    def fill(self, rows: slice, draws: Simulations) -> None:
-        """Write draws into these rows, in place.
+    def fill(self, rows: slice, draws: Simulations) -> Simulations:
+        """Write draws into these rows, in place where the type of their numbers allows.
 
         Raises
         ------
         ValueError
             If a site has another shape.
         """
-        given = dict(draws._sites())  # sites from a file come in another order
-        for name, values in self._sites():
-            _check_shape(name, values, given[name])
-            values[rows] = given[name]
+        return Simulations(
+            _filled(self.parameters, rows, draws.parameters),
+            _filled(self.observations, rows, draws.observations),
+            self.num_invalid,
+        )
 
     @classmethod
     def concatenate(cls, parts: Iterable[Simulations]) -> Simulations:
@@ -113,7 +114,7 @@ class Simulations:
         groups = ((self.parameters, False), (self.observations, keep_nan))
         finite = torch.stack(
             [
-                (values.isfinite() | (values.isnan() & nan)).reshape(len(self), -1).all(1)
+                (values.isfinite() | (values.isnan() & nan)).unsqueeze(-1).flatten(1).all(1)
                 for group, nan in groups
                 for values in group.values()
             ]
@@ -151,6 +152,18 @@ class Simulations:
 
     def _sites(self) -> list[tuple[str, Tensor]]:
         return [*self.parameters.items(), *self.observations.items()]
+
+
+def _filled(
+    room: Mapping[str, Tensor], rows: slice, draws: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    filled = {}
+    for name, values in room.items():  # sites from a file come in another order
+        _check_shape(name, values, draws[name])
+        # A simulator may give whole numbers at first, and others later.
+        filled[name] = values.to(torch.promote_types(values.dtype, draws[name].dtype))
+        filled[name][rows] = draws[name]
+    return filled
 
 
 def _check_shape(name: str, values: Tensor, other: Tensor) -> None:

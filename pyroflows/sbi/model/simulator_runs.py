@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,6 +67,8 @@ class Job(NamedTuple):
         The shape of each of them in a single run.
     plate_dim
         Dimension of the plate to draw in; ``None``: one draw at a time.
+    device
+        Where the simulator computes.
     """
 
     simulator: Callable
@@ -76,6 +78,7 @@ class Job(NamedTuple):
     observed: tuple[str, ...]
     shapes: Mapping[str, torch.Size] = {}
     plate_dim: int | None = None
+    device: torch.device = torch.device("cpu")
 
 
 class Chunk(NamedTuple):
@@ -99,6 +102,8 @@ class Chunk(NamedTuple):
 def simulate_chunk(job: Job, chunk: Chunk) -> Simulations:
     """Return the draws of a chunk."""
     # Pyro's handlers and the random states belong to the whole process: threads take turns.
+    given = {name: value.to(job.device) for name, value in chunk.given.items()}
+    chunk = chunk._replace(given=given)
     with _turn, seeded(*chunk.entropy), torch.no_grad():
         if job.plate_dim is not None:
             return _draw_in_plate(job, chunk)
@@ -109,11 +114,39 @@ def simulate_chunk(job: Job, chunk: Chunk) -> Simulations:
 def seeded(*entropy: int) -> Iterator[None]:
     """Seed all generators a simulator may use, and restore them afterwards."""
     states = pyro.util.get_rng_state()
+    # Pyro seeds CUDA devices too, but leaves them so.
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     pyro.set_rng_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
     try:
         yield
     finally:
         pyro.util.set_rng_state(states)
+        torch.cuda.set_rng_state_all(devices)
+
+
+class AllReached(BaseException):
+    """Say that a model has nothing more to say; no simulator takes it for an error of its own."""
+
+
+class Until(Messenger):
+    """Stop a model after the last of some sites by :class:`AllReached`; never if there are none.
+
+    Attributes
+    ----------
+    found
+        The values of those that were reached, by site.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+        self.found: dict[str, Tensor] = {}
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        if msg["name"] in self.names:
+            self.found[msg["name"]] = msg["value"]
+            if len(self.found) == len(self.names):
+                raise AllReached
 
 
 def in_plate(job: Job, length: int) -> Callable:
@@ -139,15 +172,16 @@ def run(job: Job, model: Callable) -> poutine.Trace:
         with poutine.block():
             return tracer.get_trace(*job.args, **job.kwargs)
     except Exception as error:
-        reached = getattr(tracer, "trace", None) or tracer.msngr.trace
+        sites = tracer.trace.nodes
         parameters = {
             name: torch.as_tensor(site["value"])
-            for name, site in reached.nodes.items()
-            if site["type"] == "sample" and name in (job.parameters or reached.nodes)
+            for name, site in sites.items()
+            if site["type"] == "sample" and name in (job.parameters or sites)
         }
         where = ", ".join(f"{name} = {_shown(value)}" for name, value in parameters.items())
         reason = str(error).partition("\n")[0]  # Pyro adds the shapes of the trace
-        message = f"the simulator raised {type(error).__name__}: {reason}; parameters: {where}"
+        kind, shown = type(error).__name__, where or "none yet"
+        message = f"the simulator raised {kind}: {reason}; parameters: {shown}"
         raise SimulationError(message, parameters) from error
 
 
@@ -158,13 +192,28 @@ def _shown(value: Tensor) -> str:
     return f"{value.numel()} numbers of shape {tuple(value.shape)}"
 
 
+def sample_sites(trace: poutine.Trace) -> dict[str, dict[str, Any]]:
+    """Return all sites, random and deterministic, by name; plates are none."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site_is_subsample(site)
+    }
+
+
 def values(trace: poutine.Trace) -> dict[str, Tensor]:
     """Return the values of all sites, random and deterministic."""
-    return {
-        name: torch.as_tensor(site["value"])
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and name != PLATE and not site_is_subsample(site)
-    }
+    return {name: torch.as_tensor(site["value"]) for name, site in sample_sites(trace).items()}
+
+
+def is_deterministic(site: Mapping[str, Any]) -> bool:
+    """Tell whether a site is computed, not drawn."""
+    return bool(site["infer"].get("_deterministic"))
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two runs of a model agree, up to rounding in single precision."""
+    return torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def _draw_one_by_one(job: Job, chunk: Chunk) -> Simulations:

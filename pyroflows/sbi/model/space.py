@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import (
@@ -16,7 +15,7 @@ from torch.distributions.transforms import (
     Transform,
 )
 
-from .simulator_runs import Job, run, seeded
+from .simulator_runs import Job, run, sample_sites, seeded
 
 
 class ParameterSpace:
@@ -98,6 +97,14 @@ class ParameterSpace:
         """Return the number of unconstrained numbers."""
         return sum(self.sizes)
 
+    def describe(self) -> dict[str, list]:
+        """Return the shape of each site, and where one vector goes: supports tell apart by it."""
+        values = self.constrain(torch.full((self.dim,), 0.5, dtype=torch.float64))
+        return {
+            name: [[*self.shapes[name]], [f"{number:.5g}" for number in value.flatten().tolist()]]
+            for name, value in values.items()
+        }
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ParameterSpace):
             return NotImplemented
@@ -160,7 +167,9 @@ class ParameterSpace:
     def _checked(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
         if name not in values:
             raise ValueError(f"values must hold site {name!r}, got {sorted(values)}")
-        value, shape = values[name], self.shapes[name]
+        value, shape = torch.as_tensor(values[name]), self.shapes[name]
+        if not value.is_floating_point():  # their vectors are no integers
+            value = value.to(torch.get_default_dtype())
         if value.shape[value.dim() - len(shape) :] != shape:
             raise ValueError(
                 f"site {name!r} has shape {tuple(shape)}, got values of shape {tuple(value.shape)}"
@@ -237,7 +246,9 @@ def _on(device: torch.device, transform: Transform) -> Transform:
 
 def _same(one: Transform, other: Transform) -> bool:
     if isinstance(one, ComposeTransform) and isinstance(other, ComposeTransform):
-        return all(_same(a, b) for a, b in zip(one.parts, other.parts, strict=True))
+        return len(one.parts) == len(other.parts) and all(map(_same, one.parts, other.parts))
+    if isinstance(one, IndependentTransform) and isinstance(other, IndependentTransform):
+        return _same(one.base_transform, other.base_transform)
     if isinstance(one, AffineTransform) and isinstance(other, AffineTransform):
         return torch.equal(torch.as_tensor(one.loc), torch.as_tensor(other.loc)) and torch.equal(
             torch.as_tensor(one.scale), torch.as_tensor(other.scale)
@@ -264,11 +275,7 @@ def latent_sites(
     """
     with seeded(seed), torch.no_grad():
         trace = run(Job(model, args, kwargs, tuple(parameters or ()), tuple(observed)), model)
-    sampled = {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and not site_is_subsample(site)
-    }
+    sampled = sample_sites(trace)
     _check_names("observed", observed, sampled)
     _check_names("parameters", parameters or (), sampled)
     if both := sorted({*observed} & {*(parameters or ())}):

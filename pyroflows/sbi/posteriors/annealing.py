@@ -252,12 +252,6 @@ class _Population:
         values = (function(z).double() for function in self.functions)
         return [value.nan_to_num(-math.inf, -math.inf, -math.inf) for value in values]
 
-    def _pairs(self, others: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return two different members of the other half for each particle of this one."""
-        first = self._randint(0, len(others), count)
-        second = (first + self._randint(1, len(others), count)) % len(others)
-        return others[first], others[second]
-
     def _randint(self, low: int, high: int, count: int) -> Tensor:
         return torch.randint(low, high, (count,), generator=self.generator, device=self.z.device)
 

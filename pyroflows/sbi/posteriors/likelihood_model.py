@@ -69,7 +69,7 @@ class LikelihoodModel:
 
     def __call__(self, x: Tensor | None = None) -> Tensor:
         """Sample parameters, and observe ``x`` or sample it."""
-        z = self.space.unconstrain(self.prior())
+        z = self.space.unconstrain(self.prior()).to(next(self.flow.parameters()).dtype)
         (name,) = self.observations.names
         shape = self.observations.shapes[name]
         observed = None if x is None else torch.as_tensor(x).to(z)

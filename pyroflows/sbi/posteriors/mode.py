@@ -36,7 +36,7 @@ def climb(
         The highest points found, ``(*batch, D)``.
     """
     scale = _scale_tril(draws)
-    starts = _highest(draws, heights, num_starts)
+    starts = _highest(draws, _or_nothing(heights), num_starts)
 
     def place(steps: Tensor) -> Tensor:
         return starts + (scale @ steps.unsqueeze(-1)).squeeze(-1)
@@ -60,16 +60,22 @@ def climb(
     with torch.no_grad():
         ends = torch.cat([starts, place(steps)])
         # Where the climb has left what numbers can bear, its start stands.
-        return _highest(ends, log_prob(ends).nan_to_num(-torch.inf, -torch.inf), 1)[0]
+        return _highest(ends, _or_nothing(log_prob(ends)), 1)[0]
 
 
 def _scale_tril(draws: Tensor) -> Tensor:
     """Return a root of the covariance of draws, ``(*batch, D, D)``."""
-    centred = (draws - draws.mean(0)).movedim(0, -2)
+    # Parameters may all but determine each other, which single precision cannot tell from fully.
+    centred = (draws - draws.mean(0)).movedim(0, -2).double()
     covariance = centred.mT @ centred / len(draws)
     jitter = 1e-6 * covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
     identity = torch.eye(covariance.shape[-1]).to(covariance)
-    return torch.linalg.cholesky(covariance + jitter[..., None, None] * identity)
+    return torch.linalg.cholesky(covariance + jitter[..., None, None] * identity).to(draws)
+
+
+def _or_nothing(heights: Tensor) -> Tensor:
+    """Return heights, those that are not finite as the lowest of all."""
+    return heights.nan_to_num(-torch.inf, -torch.inf)
 
 
 def _highest(points: Tensor, heights: Tensor, number: int) -> Tensor:

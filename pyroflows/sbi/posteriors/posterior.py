@@ -211,7 +211,7 @@ class Posterior:
         draws = self._draw(num_samples, observed, seed)
         with torch.no_grad():
             log_q = self.density.log_prob(draws, observed)
-            log_p = self.joint.log_joint(draws, x)
+            log_p = self.joint.log_joint(draws, self._sites(x))
         return CorrectedPosterior(self.space, draws, log_p, log_q, self._sites(x), self.about)
 
     def with_solver(self, **options: Any) -> Posterior:
@@ -264,7 +264,11 @@ class Posterior:
         ------
         TypeError
             If the posterior has no solver.
+        ValueError
+            If ``num_samples`` is below 2.
         """
+        if num_samples < 2:
+            raise ValueError(f"num_samples must be at least 2, got {num_samples}")
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)

@@ -103,7 +103,9 @@ class BlackBox:
         return torch.stack(one_by_one)
 
     def _argument(self, values: Mapping[str, Tensor]) -> Any:
-        arrays = {n: v if self.tensors else v.numpy(force=True) for n, v in values.items()}
+        # Copies, as the function may write into them.
+        copies = {name: value.clone() for name, value in values.items()}
+        arrays = {n: v if self.tensors else v.numpy(force=True) for n, v in copies.items()}
         return arrays if self.takes_dict else next(iter(arrays.values()))
 
     def _observe(self, x: Any, batch_shape: torch.Size) -> Any:

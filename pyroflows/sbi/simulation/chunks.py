@@ -66,8 +66,9 @@ class Chunks:
         for index in [*self.missing]:
             if self._file(index).exists():
                 chunk = Simulations.load(self._file(index))
-                if len(chunk) == self.length(index):  # the last of a shorter simulation is not
-                    self._keep(index, chunk)
+                _check_shapes(folder, chunk, job)
+                if len(chunk) >= self.length(index):  # the last of a shorter simulation is not
+                    self._keep(index, chunk[: self.length(index)])
 
     def length(self, index: int) -> int:
         """Return the number of draws in a chunk."""
@@ -116,14 +117,15 @@ class Chunks:
                 future.cancel()
 
     def _chunk(self, index: int) -> Chunk:
-        given = {name: value[self._rows(index)] for name, value in self.given.items()}
+        # A view would travel to another process with all rows.
+        given = {name: value[self._rows(index)].clone() for name, value in self.given.items()}
         return Chunk(self.length(index), (self.seed, index), given)
 
     def _keep(self, index: int, chunk: Simulations) -> None:
         """Copy a chunk to its place: all draws are in memory once."""
         if self._draws is None:
             self._draws = chunk.empty(self.num_draws)
-        self._draws.fill(self._rows(index), chunk)
+        self._draws = self._draws.fill(self._rows(index), chunk)
         self._is_finished[self._rows(index)] = True
         self.missing.remove(index)
 
@@ -132,3 +134,11 @@ class Chunks:
 
     def _file(self, index: int) -> Path:
         return Path(self.folder or "") / f"chunk-{index:06d}.safetensors"
+
+
+def _check_shapes(folder: Path, chunk: Simulations, job: Job) -> None:
+    stored = {**chunk.parameters, **chunk.observations}
+    found = {name: tuple(stored[name].shape[1:]) for name in sorted(stored)}
+    expected = {name: tuple(job.shapes[name]) for name in sorted(job.shapes)}
+    if found != expected:
+        raise ValueError(f"{folder} holds other simulations: of {found}, expected {expected}")

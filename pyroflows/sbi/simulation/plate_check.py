@@ -6,14 +6,22 @@ from collections.abc import Sequence
 
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..model.simulator_runs import PLATE, Job, in_plate, run, seeded, values
+from ..model.simulator_runs import (
+    Job,
+    close,
+    in_plate,
+    is_deterministic,
+    run,
+    sample_sites,
+    seeded,
+    values,
+)
 
 
 def plan(job: Job, seed: int) -> Job:
-    """Return the job with the shapes of its sites and the dimension of its plate.
+    """Return the job with the shapes of its sites, its device and the dimension of its plate.
 
     A simulator says itself whether it works in a plate by an attribute ``works_in_plate``; others
     are tried. Runs in plates of different sizes are repeated draw by draw, with all sites set to
@@ -23,7 +31,8 @@ def plan(job: Job, seed: int) -> Job:
     with seeded(seed), torch.no_grad():
         single = run(job, job.simulator)
         drawn = values(single)
-        job = job._replace(shapes={n: drawn[n].shape for n in (*job.parameters, *job.observed)})
+        shapes = {name: drawn[name].shape for name in (*job.parameters, *job.observed)}
+        job = job._replace(shapes=shapes, device=drawn[job.parameters[0]].device)
         trial = job._replace(plate_dim=_free_dim(single))
         works = getattr(job.simulator, "works_in_plate", None)
         if works is None:
@@ -45,7 +54,7 @@ def _agrees(job: Job, single: poutine.Trace, sizes: Sequence[int]) -> bool:
 
 
 def _agrees_in_plate(job: Job, single: poutine.Trace, size: int) -> bool:
-    batch = poutine.trace(in_plate(job, size)).get_trace(*job.args, **job.kwargs)
+    batch = run(job, in_plate(job, size))
     shapes = {name: value.shape for name, value in values(single).items()}
     drawn = values(batch)
     if drawn.keys() != shapes.keys():
@@ -54,12 +63,10 @@ def _agrees_in_plate(job: Job, single: poutine.Trace, size: int) -> bool:
     densities = _densities(batch, size)
     for i in range(size):
         given = {name: rows[name][i] for name in densities}
-        repeated = poutine.trace(poutine.condition(job.simulator, given)).get_trace(
-            *job.args, **job.kwargs
-        )
+        repeated = run(job, poutine.condition(job.simulator, given))
         alone, computed = _densities(repeated, 1), values(repeated)
-        same = [_close(densities[name][i], alone[name][0]) for name in densities]
-        same += [_close(rows[name][i], computed[name]) for name in rows.keys() - densities.keys()]
+        same = [close(densities[name][i], alone[name][0]) for name in densities]
+        same += [close(rows[name][i], computed[name]) for name in rows.keys() - densities.keys()]
         if not all(same):
             return False
     return True
@@ -70,13 +77,6 @@ def _densities(trace: poutine.Trace, size: int) -> dict[str, Tensor]:
     trace.compute_log_prob()
     return {
         name: site["log_prob"].reshape(size, -1).sum(1)
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and name != PLATE
-        and not site["infer"].get("_deterministic")
-        and not site_is_subsample(site)
+        for name, site in sample_sites(trace).items()
+        if not is_deterministic(site)
     }
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-3, equal_nan=True)

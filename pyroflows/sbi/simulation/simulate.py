@@ -65,7 +65,8 @@ def simulate(
         Draws per chunk.
     path
         A folder to write each finished chunk to. Chunks that are there already are read instead
-        of simulated, so that a simulation can be interrupted and resumed, or extended.
+        of simulated, so that a simulation can be interrupted and resumed, or extended. They must
+        come from the same simulator: only names, shapes, seed and chunk size are compared.
     keep_nan
         Whether NaN in an observation is a missing entry, which is kept.
     progress
@@ -206,7 +207,7 @@ def _finite(simulations: Simulations, keep_nan: bool) -> Simulations:
 def _checked_parameters(
     parameters: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
 ) -> dict[str, Tensor]:
-    given = {name: torch.as_tensor(parameters[name]) for name in shapes}
+    given = {name: torch.as_tensor(parameters[name]).detach().cpu() for name in shapes}
     lengths = {name: len(value) if value.dim() else 0 for name, value in given.items()}
     if len({*lengths.values()}) != 1 or 0 in lengths.values():
         raise ValueError(
