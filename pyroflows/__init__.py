@@ -18,7 +18,15 @@ from .guides import (
     AutoSpline,
     AutoSylvester,
 )
-from .svi import VariationalPosterior, fit, load, to_arviz
+from .svi import (
+    NeuTraPosterior,
+    PathwiseELBO,
+    VariationalPosterior,
+    fit,
+    load,
+    neutra,
+    to_arviz,
+)
 
 __all__ = [
     "AutoBlockAutoregressive",
@@ -36,6 +44,8 @@ __all__ = [
     "AutoSylvester",
     "Flow",
     "FlowMixture",
+    "NeuTraPosterior",
+    "PathwiseELBO",
     "VariationalPosterior",
     "diagnostics",
     "distributions",
@@ -43,6 +53,7 @@ __all__ = [
     "flow",
     "flows",
     "load",
+    "neutra",
     "register_flow",
     "sbi",
     "to_arviz",

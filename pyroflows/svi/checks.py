@@ -9,6 +9,17 @@ from pyro import poutine
 from torch import Tensor
 
 
+def at_least(name: str, value: int | None, default: int, minimum: int = 1) -> int:
+    """Return an integer, or its default for ``None``; raise unless it is large enough."""
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
 def check_sites(trace: poutine.Trace, latent: Mapping[str, dict], data: Mapping[str, dict]) -> None:
     """Raise ``ValueError`` unless a guide covers a model, and its log-density is finite.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import flows
 from ..distributions import Flow
 from ..guides import AutoFlow
+from .checks import at_least
 from .density import ModelDensity
 from .posterior import VariationalPosterior
 from .training import clip_outliers, frozen, train
@@ -107,9 +108,9 @@ def fit(
     >>> round(result.sample(1000)["mean"].mean().item(), 1)
     2.0
     """
-    num_steps = _at_least("num_steps", num_steps, NUM_STEPS)
-    num_particles = _at_least("num_particles", num_particles, NUM_PARTICLES)
-    num_draws = _at_least("num_draws", num_draws, NUM_DRAWS, minimum=2)
+    num_steps = at_least("num_steps", num_steps, NUM_STEPS)
+    num_particles = at_least("num_particles", num_particles, NUM_PARTICLES)
+    num_draws = at_least("num_draws", num_draws, NUM_DRAWS, minimum=2)
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
     if not callable(model):
@@ -199,13 +200,3 @@ def _has_fast_inverse(guide: AutoContinuous) -> bool:
         return False
     spec = flows.spec(guide.flow)
     return spec.fast_inverse and spec.fast_forward
-
-
-def _at_least(name: str, value: int | None, default: int, minimum: int = 1) -> int:
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
