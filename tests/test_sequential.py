@@ -49,6 +49,7 @@ def two_rounds() -> Posterior:
     return refine(estimator(), X, num_simulations=1000, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_two_rounds_are_better_than_one_at_equal_budget() -> None:
     assert distance(two_rounds()) < 1.0
     assert distance(two_rounds()) < distance(one_round()) / 3

@@ -15,7 +15,7 @@ NUM_PAIRS = 300_000
 MAX_ENTRIES = 5_000_000  # of observations, in all pairs together
 MAX_SIZE = 64  # entries of an observation whose likelihood is worth learning
 CHUNK = 4096  # observations at a time: what fits in the caches is several times faster
-MEMORY_SHARE = 0.7  # of the steps: training that is best before has memorised its data
+MEMORY_SHARE = 0.9  # of the steps: training that is best before has memorised its data
 
 
 def can_augment(observations: ObservationSpace) -> bool:
