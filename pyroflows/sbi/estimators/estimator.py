@@ -36,7 +36,7 @@ from .pairs import pairs
 BATCH_SIZE = 512
 LEARNING_RATE = 1e-3
 NUM_STEPS = 6000
-AUGMENTED_STEPS = 1.5  # times as many, where data do not run out
+AUGMENTED_STEPS = 2  # times as many, where data do not run out
 
 
 class Estimator:
@@ -172,7 +172,7 @@ class Estimator:
         if augment and can_augment(self.observations) and has_memorised(fit, num_steps):
             try:
                 more = self._drawn_pairs(simulations, settings, progress, checkpoint)
-                longer = replace(settings, num_steps=round(AUGMENTED_STEPS * num_steps))
+                longer = replace(settings, num_steps=AUGMENTED_STEPS * num_steps)
                 augmented, refit = train(more, longer, stage(checkpoint, ".augmented"))
                 if refit.best_validation_loss < fit.best_validation_loss:
                     density, fit, num_pairs = augmented, refit, num_pairs + len(more)
