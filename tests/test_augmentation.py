@@ -8,7 +8,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyroflows.sbi import FlowMatching, NeuralLikelihood, NeuralPosterior, Posterior, simulate
+from pyroflows.sbi import (
+    FlowMatching,
+    NeuralLikelihood,
+    NeuralPosterior,
+    Posterior,
+    Simulations,
+    simulate,
+)
 from pyroflows.sbi.estimators import augmentation, estimator, neural_likelihood
 from pyroflows.sbi.estimators.augmentation import can_augment, draw_pairs
 from pyroflows.sbi.estimators.pairs import pairs
@@ -208,7 +215,15 @@ def test_draws_of_the_prior_may_be_fewer_than_asked_for(monkeypatch: pytest.Monk
 
 
 def test_only_small_complete_observations_are_augmented() -> None:
-    assert can_augment(ObservationSpace({"x": torch.Size([8])}))
-    assert not can_augment(ObservationSpace({"x": torch.Size([1000])}))
-    assert not can_augment(ObservationSpace({"x": torch.Size([8])}, missing="random"))
-    assert not can_augment(ObservationSpace({"x": torch.Size([8]), "y": torch.Size([8])}))
+    """And only draws from the whole prior: what was left out would come back."""
+    vector = ObservationSpace({"x": torch.Size([8])})
+    draws = {"theta": torch.zeros(2)}, {"x": torch.zeros(2, 8)}
+    simulations = Simulations(*draws)
+    assert can_augment(vector, simulations)
+    assert not can_augment(vector, Simulations(*draws, num_invalid=1))
+    for other in (
+        ObservationSpace({"x": torch.Size([1000])}),
+        ObservationSpace({"x": torch.Size([8])}, missing="random"),
+        ObservationSpace({"x": torch.Size([8]), "y": torch.Size([8])}),
+    ):
+        assert not can_augment(other, simulations)

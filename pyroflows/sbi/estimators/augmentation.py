@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...distributions.maximum_likelihood import DensityFit
 from ..model.observations import ObservationSpace
+from ..model.simulations import Simulations
 from ..posteriors.likelihood_model import LikelihoodModel
 
 NUM_PAIRS = 300_000
@@ -18,10 +19,15 @@ CHUNK = 4096  # observations at a time: what fits in the caches is several times
 MEMORY_SHARE = 0.9  # of the steps: training that is best before has memorised its data
 
 
-def can_augment(observations: ObservationSpace) -> bool:
-    """Tell whether the density of an observation can be learned: it is small and complete."""
+def can_augment(observations: ObservationSpace, simulations: Simulations) -> bool:
+    """Tell whether the density of an observation can be learned: it is small and complete.
+
+    Where simulations were left out as invalid, pairs from the whole prior would bring back
+    parameters that never gave an observation.
+    """
     return (
-        len(observations.names) == 1
+        simulations.num_invalid == 0
+        and len(observations.names) == 1
         and observations.size <= MAX_SIZE
         and observations.missing is None
     )

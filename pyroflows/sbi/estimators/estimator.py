@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import tensor_file
 from ...distributions.maximum_likelihood import (
     DensityFit,
     Rows,
@@ -32,6 +31,7 @@ from ..simulation.simulate import given_or_drawn
 from .augmentation import MAX_SIZE, can_augment, draw_pairs, has_memorised, warn_of_failure
 from .neural_likelihood import NeuralLikelihood, default_steps
 from .pairs import pairs
+from .trained_file import load_weights, read_trained
 
 BATCH_SIZE = 512
 LEARNING_RATE = 1e-3
@@ -124,7 +124,8 @@ class Estimator:
             parameters from the prior and observations from a likelihood that is learned from the
             simulations, see :class:`NeuralLikelihood`. What does better on simulations held out is
             kept. Only for a single observed site without missing entries, of at most 64 numbers, or
-            as many an element of a plate.
+            as many an element of a plate, and where no simulation was left out as invalid: the
+            prior of the others is not the model's.
         seed
             Determines simulations, initial weights and training.
         progress
@@ -169,7 +170,8 @@ class Estimator:
         train = partial(self._train, training, validation, masking, progress)
         density, fit = train(None, settings, stage(checkpoint, ""))
         num_pairs = len(training)
-        if augment and can_augment(self.observations) and has_memorised(fit, num_steps):
+        augments = augment and can_augment(self.observations, simulations)
+        if augments and has_memorised(fit, num_steps):
             try:
                 more = self._drawn_pairs(simulations, settings, progress, checkpoint)
                 longer = replace(settings, num_steps=AUGMENTED_STEPS * num_steps)
@@ -264,21 +266,10 @@ class Estimator:
         ValueError
             If the file holds something else, or belongs to another model or other options.
         """
-        state, about = tensor_file.read(path, FORMAT)
-        for name, expected in self._about().items():
-            if about.get(name) != expected:
-                raise ValueError(
-                    f"path {str(path)!r} belongs to another estimator, of {name} "
-                    f"{about.get(name)!r}, got {expected!r}"
-                )
+        state, about = read_trained(path, FORMAT, self._about())
         with torch.random.fork_rng(devices=[]):
             density = self.density(self.space.dim, self.observations, about["num_pairs"])
-        try:
-            density.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(
-                f"path {str(path)!r} belongs to an estimator of other networks: {error}"
-            ) from error
+        load_weights(density, state, path)
         density.to(self.device)
         return Posterior(self.space, self.observations, density, about, joint=self._joint())
 

@@ -10,7 +10,6 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ... import tensor_file
 from ...distributions import Flow, FlowMixture
 from ...distributions.maximum_likelihood import (
     Rows,
@@ -29,6 +28,7 @@ from ..model.space import ParameterSpace
 from ..posteriors.likelihood_model import FORMAT, LikelihoodModel
 from ..simulation.simulate import given_or_drawn
 from .pairs import pairs
+from .trained_file import load_weights, read_trained
 
 BATCH_SIZE = 128
 LEARNING_RATE = 2e-3
@@ -221,16 +221,10 @@ class NeuralLikelihood:
         ValueError
             If the file holds something else, or belongs to another model or other options.
         """
-        state, about = tensor_file.read(path, FORMAT)
-        for name, expected in self._about().items():
-            if about.get(name) != expected:
-                raise ValueError(
-                    f"path {str(path)!r} belongs to another estimator, of {name} "
-                    f"{about.get(name)!r}, got {expected!r}"
-                )
+        state, about = read_trained(path, FORMAT, self._about())
         with torch.random.fork_rng(devices=[]):
             density = self.density()
-        density.load_state_dict(state)
+        load_weights(density, state, path)
         return LikelihoodModel(self.joint, density, about)
 
     def _rows(self, simulations: Simulations) -> Rows:
