@@ -103,8 +103,10 @@ def test_warns_of_other_observations(tmp_path: Path) -> None:
     two_rounds().save(tmp_path / "posterior.safetensors")
     again = estimator().load(tmp_path / "posterior.safetensors")
     for posterior in (two_rounds(), again):
-        with pytest.warns(UserWarning, match="was refined for one observation"):
+        with warnings.catch_warnings(record=True) as caught:  # it may be an outlier as well
+            warnings.simplefilter("always")
             posterior.sample(10, x=X + 1)
+        assert any("was refined for one observation" in str(one.message) for one in caught)
 
 
 def test_simulations_can_be_given() -> None:

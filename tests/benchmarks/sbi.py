@@ -1,21 +1,30 @@
-"""Scores amortized posteriors on published tasks against their reference posteriors.
+"""Scores amortized posteriors on published tasks, those of the library sbi among them.
 
 The score is the accuracy of a classifier that tells 10 000 draws from 10 000 reference draws, 0.5
-being perfect, averaged over observations. Run it from the root of the repository:
+being perfect, averaged over observations. All estimators have their library's defaults and learn
+from the same simulations; times are also given as ratios to those of the first estimator. Run it
+from the root of the repository, for the estimators of sbi with the `bench` extra installed:
 
     PYROFLOWS_REFERENCE_DIR=... python -m tests.benchmarks.sbi --tasks two_moons --budgets 10000
 """
 
 import argparse
+import contextlib
+import io
+import logging
 import time
+import warnings
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from pyroflows.diagnostics import c2st
-from pyroflows.sbi import FlowMatching, NeuralLikelihood, NeuralPosterior
+from pyroflows.sbi import FlowMatching, NeuralLikelihood, NeuralPosterior, Simulations, simulate
+from pyroflows.sbi.model.space import latent_sites
 from tests import simulators
 from tests.reference import reference_folder
 
@@ -26,42 +35,80 @@ TASKS: dict[str, tuple[Callable, str]] = {
     "slcp": (simulators.slcp_flat, "slcp"),
     "slcp_plate": (simulators.slcp, "slcp"),
 }
-ESTIMATORS = {
-    "FlowMatching": FlowMatching,
-    "NeuralPosterior": NeuralPosterior,
-    "NeuralLikelihood": NeuralLikelihood,
+Sampler = Callable[[int, Tensor], Tensor]
+
+
+def train_ours(
+    estimator: Callable, simulator: Callable, simulations: Simulations, seed: int
+) -> Sampler:
+    """Train an estimator of this package."""
+    posterior = estimator(simulator, parameters=["theta"]).fit(
+        simulations, seed=seed, progress=False
+    )
+    return lambda num_draws, x: posterior.sample(num_draws, x=x, seed=seed)["theta"]
+
+
+def train_peer(name: str, simulator: Callable, simulations: Simulations, seed: int) -> Sampler:
+    """Train an estimator of sbi, which knows of no plates: observations are vectors."""
+    import sbi.inference  # of the `bench` extra
+
+    torch.manual_seed(seed)
+    logging.disable(logging.WARNING)
+    prior, _ = latent_sites(simulator, ("x",), ["theta"], (), {})["theta"]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        estimator = getattr(sbi.inference, name)(prior=prior, show_progress_bars=False)
+        x = simulations.observations["x"].flatten(1)
+        estimator.append_simulations(simulations.parameters["theta"], x).train()
+        posterior = estimator.build_posterior()
+    return lambda num_draws, x: posterior.sample(
+        (num_draws,), x=x.flatten()[None], show_progress_bars=False
+    )
+
+
+ESTIMATORS: dict[str, Callable[[Callable, Simulations, int], Sampler]] = {
+    "FlowMatching": partial(train_ours, FlowMatching),
+    "NeuralPosterior": partial(train_ours, NeuralPosterior),
+    "NeuralLikelihood": partial(train_ours, NeuralLikelihood),
+    "sbi-FMPE": partial(train_peer, "FMPE"),
+    "sbi-NPE": partial(train_peer, "NPE"),
 }
 
 
-def score(task: str, name: str, budget: int, arguments: argparse.Namespace) -> dict:
+def score(task: str, name: str, simulations: Simulations, arguments: argparse.Namespace) -> dict:
     """Train one estimator on one task and compare its draws with the reference."""
     simulator, reference = TASKS[task]
     data = np.load(reference_folder() / "sbibm" / f"{reference}.npz")
     start = time.perf_counter()
-    posterior = ESTIMATORS[name](simulator, parameters=["theta"]).fit(
-        num_simulations=budget, seed=arguments.seed, progress=False
-    )
+    sample = ESTIMATORS[name](simulator, simulations, arguments.seed)
     trained = time.perf_counter()
-    shape = posterior.observations.shapes["x"]
+    shape = simulations.observations["x"].shape[1:]
     scores, seconds = [], []
     for i in range(arguments.observations):
         x = torch.as_tensor(data["observations"][i], dtype=torch.float32).reshape(shape)
         begin = time.perf_counter()
-        draws = posterior.sample(arguments.draws, x=x, seed=arguments.seed)["theta"]
+        draws = sample(arguments.draws, x)
         seconds.append(time.perf_counter() - begin)
         truth = torch.as_tensor(data["reference_posterior_samples"][i][: arguments.draws])
         scores.append(c2st(truth.float(), draws))
     return {
         "task": task,
+        "simulations": len(simulations),
         "estimator": name,
-        "simulations": budget,
         "C2ST": np.mean(scores),
         "worst": np.max(scores),
         "train (s)": trained - start,
         "sample (s)": np.median(seconds),
-        "steps": posterior.fit.num_steps,
-        "best step": posterior.fit.best_step,
     }
+
+
+def with_ratios(rows: list[dict]) -> pd.DataFrame:
+    """Return the table, with times relative to the first estimator of each task and budget."""
+    table = pd.DataFrame(rows)
+    for column in ("train", "sample"):
+        first = table.groupby(["task", "simulations"])[f"{column} (s)"].transform("first")
+        table[f"{column} / first"] = table[f"{column} (s)"] / first
+    return table.round(3)
 
 
 def parse() -> argparse.Namespace:
@@ -89,11 +136,18 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     rows = []
     for task in arguments.tasks:
-        for name in arguments.estimators:
-            for budget in arguments.budgets:
-                rows.append(score(task, name, budget, arguments))
+        for budget in arguments.budgets:
+            simulations = simulate(
+                TASKS[task][0],
+                budget,
+                parameters=["theta"],
+                seed=arguments.seed,
+                progress=False,
+            )
+            for name in arguments.estimators:
+                rows.append(score(task, name, simulations, arguments))
                 print(pd.DataFrame(rows[-1:]).round(3).to_string(), flush=True)
-    table = pd.DataFrame(rows).round(3)
+    table = with_ratios(rows)
     print(f"\n{table.to_string()}")
     if arguments.csv:
         table.to_csv(arguments.csv, index=False)
