@@ -1,5 +1,6 @@
 """Autoguides built from flows: drop-in replacements for Pyro's own."""
 
+from .amortized import AmortizedFlow
 from .auto_flow import AutoFlow
 from .named import (
     AutoBlockAutoregressive,
@@ -17,6 +18,7 @@ from .named import (
 )
 
 __all__ = [
+    "AmortizedFlow",
     "AutoBlockAutoregressive",
     "AutoCNF",
     "AutoFlow",

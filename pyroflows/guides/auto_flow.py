@@ -102,7 +102,7 @@ class AutoFlow(AutoContinuous):
         if not init_scale > 0:
             raise ValueError(f"init_scale must be positive, got {init_scale}")
         if isinstance(flow, str):
-            _check_support(flow)
+            check_flow_support(flow)
         elif not callable(flow):
             raise TypeError(f"flow must be a name or a callable, got {type(flow).__name__}")
         super().__init__(model, init_loc_fn=init_loc_fn)
@@ -255,7 +255,8 @@ class AutoFlow(AutoContinuous):
         return other
 
 
-def _check_support(flow: str) -> None:
+def check_flow_support(flow: str) -> None:
+    """Raise ``ValueError`` if a registered flow maps angles."""
     if flows.spec(flow).support != "real":
         raise ValueError(
             f"flow={flow!r} maps angles, but a guide needs a flow of vectors of real numbers"
@@ -279,7 +280,7 @@ def _check_latent_sites(model: Callable, args: tuple, kwargs: Mapping) -> None:
                 raise ValueError(
                     f"site {name!r} lies in plate {frame.name!r}, subsampled {frame.size} of "
                     f"{frame.full_size}: a flow over all latent variables needs the whole plate; "
-                    "drop the subsampling, or give the local variables an amortized guide"
+                    "drop the subsampling, or use pf.AmortizedFlow(model, plate={frame.name!r})"
                 )
 
 
