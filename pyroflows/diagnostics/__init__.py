@@ -7,6 +7,7 @@ from pyroflows.diagnostics.importance import effective_sample_size, log_evidence
 from pyroflows.diagnostics.local_c2st import LocalC2ST, local_c2st
 from pyroflows.diagnostics.psis import psis
 from pyroflows.diagnostics.sbc import SBC, ranks, sbc
+from pyroflows.diagnostics.symmetry import symmetry_p_values
 from pyroflows.diagnostics.tarp import tarp
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "rank_ecdf",
     "ranks",
     "sbc",
+    "symmetry_p_values",
     "tarp",
     "uniformity_p_values",
 ]

@@ -20,6 +20,7 @@ from pyroflows.diagnostics.ecdf import (
     rank_ecdf,
     uniformity_p_values,
 )
+from pyroflows.diagnostics.entries import entry_names
 
 _MINIMUM_PER_BIN = 5
 
@@ -124,7 +125,7 @@ class SBC:
             Seed for the order of ties.
         """
         check_tensor("truth", truth, "N", "D")
-        labels = _entry_names("theta", truth.shape[1:]) if names is None else names
+        labels = entry_names("theta", truth.shape[1:]) if names is None else names
         return cls(ranks(draws, truth, seed), len(draws), tuple(labels))
 
     @property
@@ -273,7 +274,7 @@ def sbc(
     names = [
         entry
         for name, value in simulations.parameters.items()
-        for entry in _entry_names(name, value.shape[1:])
+        for entry in entry_names(name, value.shape[1:])
     ]
     return SBC(torch.cat(batches), num_draws, tuple(names))
 
@@ -307,10 +308,3 @@ def _site_ranks(
         check_tensor(f"draws of site {name!r}", draws[name], num_draws, *value.shape)
         columns.append(_ranks(draws[name], value, generator).reshape(len(value), -1))
     return torch.cat(columns, -1)
-
-
-def _entry_names(name: str, shape: torch.Size) -> list[str]:
-    if not shape:
-        return [name]
-    grid = torch.cartesian_prod(*map(torch.arange, shape)).reshape(-1, len(shape))
-    return [f"{name}[{', '.join(map(str, index))}]" for index in grid.tolist()]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pandas as pd
-import torch
 from torch import Tensor
+
+from ..diagnostics.entries import entry_names
 
 
 def describe(values: Mapping[str, Tensor], weights: Tensor) -> pd.DataFrame:
@@ -21,6 +22,7 @@ def describe(values: Mapping[str, Tensor], weights: Tensor) -> pd.DataFrame:
 
     Examples
     --------
+    >>> import torch
     >>> table = describe({"x": torch.arange(4.0).reshape(2, 2)}, torch.tensor([0.5, 0.5]))
     >>> table["mean"].to_dict()
     {'x[0]': 1.0, 'x[1]': 2.0}
@@ -28,16 +30,9 @@ def describe(values: Mapping[str, Tensor], weights: Tensor) -> pd.DataFrame:
     rows = {}
     for name, value in values.items():
         flat = value.double().reshape(len(value), -1)
-        for i, index in enumerate(_indices(value.shape[1:])):
-            rows[name + index] = _describe_entry(flat[:, i], weights.double())
+        for i, entry in enumerate(entry_names(name, value.shape[1:])):
+            rows[entry] = _describe_entry(flat[:, i], weights.double())
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def _indices(shape: torch.Size) -> list[str]:
-    if not shape:
-        return [""]
-    grid = torch.cartesian_prod(*(torch.arange(size) for size in shape)).reshape(-1, len(shape))
-    return [f"[{', '.join(map(str, index))}]" for index in grid.tolist()]
 
 
 def _describe_entry(draws: Tensor, weights: Tensor) -> dict[str, float]:

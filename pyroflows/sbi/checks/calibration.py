@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...diagnostics import SBC, Coverage, coverage, tarp
+from ...diagnostics.entries import entry_names
 from ..model.simulations import Simulations
-from .entries import entry_names
 
 
 @dataclass(frozen=True, eq=False, repr=False)

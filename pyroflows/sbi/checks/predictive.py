@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ...arviz import build
+from ...diagnostics.entries import entry_names
 from ..model.exchangeable import exchangeable_sites
 from ..model.simulations import Simulations
 from ..simulation.simulate import BATCH_SIZE, simulate_at
-from .entries import entry_names
 
 Statistics = Mapping[str, Callable[[Any], Tensor]]
 
