@@ -4,6 +4,7 @@ from . import diagnostics, distributions, flows, sbi, transforms
 from .distributions import Flow, FlowMixture
 from .flows import flow, register_flow
 from .guides import (
+    AmortizedFlow,
     AutoBlockAutoregressive,
     AutoCNF,
     AutoFlow,
@@ -21,14 +22,20 @@ from .guides import (
 from .svi import (
     NeuTraPosterior,
     PathwiseELBO,
+    Restarts,
+    VariationalCalibration,
     VariationalPosterior,
+    calibration,
+    cover_mass,
     fit,
+    fit_restarts,
     load,
     neutra,
     to_arviz,
 )
 
 __all__ = [
+    "AmortizedFlow",
     "AutoBlockAutoregressive",
     "AutoCNF",
     "AutoFlow",
@@ -46,10 +53,15 @@ __all__ = [
     "FlowMixture",
     "NeuTraPosterior",
     "PathwiseELBO",
+    "Restarts",
+    "VariationalCalibration",
     "VariationalPosterior",
+    "calibration",
+    "cover_mass",
     "diagnostics",
     "distributions",
     "fit",
+    "fit_restarts",
     "flow",
     "flows",
     "load",

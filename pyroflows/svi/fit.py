@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +39,7 @@ def fit(
     *,
     learning_rate: float = LEARNING_RATE,
     warm_start: bool = True,
+    initial_temperature: float = 1.0,
     num_draws: int = NUM_DRAWS,
 ) -> VariationalPosterior:
     r"""Fit a guide to the posterior of a model, and say how good the answer is.
@@ -71,6 +75,11 @@ def fit(
     warm_start
         Whether guides start from the best normal distribution; turn it off to go on with a guide
         that has been fitted before.
+    initial_temperature
+        The temperature :math:`T \ge 1` to start at: the target is :math:`p(z, y)^{1 / T}`, whose
+        modes have merged if :math:`T` is high enough, and cools to :math:`p(z, y)` over the first
+        half of the steps. For posteriors of several modes, which fits at :math:`T = 1` lose all but
+        one of; choose a flow that can part them, such as ``pf.AutoSpline``. Default: 1.
     num_draws
         Number of weighted draws behind the verdict.
 
@@ -113,31 +122,58 @@ def fit(
     num_draws = at_least("num_draws", num_draws, NUM_DRAWS, minimum=2)
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+    if not 1 <= initial_temperature < math.inf:
+        raise ValueError(
+            f"initial_temperature must be at least 1 and finite, got {initial_temperature}"
+        )
     if not callable(model):
         raise TypeError(f"model must be a callable, got {type(model).__name__}")
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         density = ModelDensity(model, guide, args, kwargs)
+        cooling = Cooling(initial_temperature, num_steps // 2)
         if warm_start and density.vectorized:  # one at a time, it would take minutes
-            _start_from_gaussian(density, guide, seed)
+            _start_from_gaussian(lambda z: cooling.power(0) * density(z), guide, seed)
         parameters = [p for p in guide.parameters() if p.requires_grad] + density.parameters()
         losses = train(
-            _loss_function(density, guide, num_particles),
+            _loss_function(density, guide, num_particles, cooling),
             parameters,
             num_steps,
             learning_rate,
             progress,
+            cooling.num_steps,
         )
         return VariationalPosterior.from_guide(density, losses, num_draws, seed)
 
 
-def _start_from_gaussian(density: ModelDensity, guide: AutoContinuous, seed: int) -> None:
+@dataclass(frozen=True)
+class Cooling:
+    """Lower a temperature to 1, by the same factor each step."""
+
+    initial_temperature: float
+    max_steps: int
+
+    @property
+    def num_steps(self) -> int:
+        """Return how many steps it takes."""
+        return self.max_steps if self.initial_temperature > 1 else 0
+
+    def power(self, step: int) -> float:
+        """Return the inverse temperature at a step."""
+        if step >= self.num_steps:
+            return 1.0
+        return self.initial_temperature ** (step / self.num_steps - 1)
+
+
+def _start_from_gaussian(
+    log_density: Callable[[Tensor], Tensor], guide: AutoContinuous, seed: int
+) -> None:
     """Start a guide that has a normal distribution in it from the best one of that kind."""
     with torch.no_grad():
         start = _gaussian_of(guide)
         if start is None:
             return
-        gaussian = fit_gaussian(density, start, seed)
+        gaussian = fit_gaussian(log_density, start, seed)
         if isinstance(guide, AutoFlow):
             guide.get_transform()[-1].set_frame(gaussian.loc, gaussian.scale)
             return
@@ -160,14 +196,15 @@ def _gaussian_of(guide: AutoContinuous) -> Gaussian | None:
 
 
 def _loss_function(
-    density: ModelDensity, guide: AutoContinuous, num_particles: int
+    density: ModelDensity, guide: AutoContinuous, num_particles: int, cooling: Cooling
 ) -> Callable[[], Tensor]:
-    """Return the negative ELBO as a function of nothing, drawn anew at every call."""
+    """Return the negative ELBO as a function of nothing, drawn anew, and cooler, at every call."""
     estimate = _path_gradient if _has_fast_inverse(guide) else _total_gradient
+    powers = map(cooling.power, itertools.count())
 
     def loss() -> Tensor:
         z, log_q = estimate(guide, num_particles, density)
-        return (log_q - density(z)).mean()
+        return (log_q - next(powers) * density(z)).mean()
 
     return loss
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..diagnostics import effective_sample_size, log_evidence, psis
 from .density import ModelDensity
-from .export import as_chain, assemble, model_groups
+from .export import Groups, as_chain, assemble, model_groups
 from .storage import read, write
 from .summary import describe
 from .weighting import draw, weighted_draws, without_nan
@@ -275,31 +275,36 @@ class VariationalPosterior:
         >>> result.to_arviz()["log_likelihood"]["x"].dims
         ('chain', 'draw', 'item')
         """
-        with torch.random.fork_rng(), torch.no_grad():
+        groups = self.groups(resample=resample, num_prior_draws=num_prior_draws, seed=seed)
+        return assemble(self.density, groups, self.attributes(), dims, coords)
+
+    @torch.no_grad()
+    def groups(
+        self, *, resample: bool = False, num_prior_draws: int = 1000, seed: int = 0
+    ) -> Groups:
+        """Return the arrays of :meth:`to_arviz`, by group and name."""
+        with torch.random.fork_rng():
             torch.manual_seed(seed)
-            stats = {
-                "lp": self.log_p,
-                "log_q": self.log_q,
-                "log_weight": self.log_weights,
-                "log_weight_psis": self.log_weights_psis,
-            }
-            draws = self.draws
+            draws, stats = self.draws, self._statistics()
             if resample:
-                weights = self.log_weights_psis.exp()
+                weights = stats["log_weight_psis"].exp()
                 index = torch.multinomial(weights, len(draws), replacement=True)
                 draws, stats = draws[index], {name: stats[name][index] for name in ("lp", "log_q")}
                 stats["log_weight"] = torch.zeros_like(weights)
                 stats["log_weight_psis"] = torch.full_like(weights, -math.log(len(weights)))
             groups = model_groups(self.density, draws, num_prior_draws)
-        return assemble(
-            self.density,
-            {**groups, "sample_stats": as_chain(stats)},
-            attrs=self._attributes(),
-            dims=dims,
-            coords=coords,
-        )
+        return {**groups, "sample_stats": as_chain(stats)}
 
-    def _attributes(self) -> dict[str, Any]:
+    def _statistics(self) -> dict[str, Tensor]:
+        return {
+            "lp": self.log_p,
+            "log_q": self.log_q,
+            "log_weight": self.log_weights,
+            "log_weight_psis": self.log_weights_psis,
+        }
+
+    def attributes(self) -> dict[str, Any]:
+        """Return the verdict, and how it came about, as the attributes of an ArviZ object."""
         return {
             **self.scalars(),
             "pareto_k": self.khat,

@@ -28,6 +28,7 @@ def train(
     num_steps: int,
     learning_rate: float,
     progress: bool = True,
+    num_annealed: int = 0,
 ) -> Tensor:
     """Minimise a stochastic loss by Adam and return its values, one a step.
 
@@ -35,14 +36,15 @@ def train(
     error, and then decays; ``num_steps`` bounds the whole. Gradients are clipped relative to their
     running norm. Where a step is not finite or the loss has diverged, the parameters go back to
     the best snapshot and the learning rate is halved, with a warning. An interrupt (Ctrl-C) ends
-    the loop early and keeps what was learned.
+    the loop early and keeps what was learned. In the first ``num_annealed`` steps the loss is still
+    changing: what it was then is compared with nothing.
 
     Raises
     ------
     FloatingPointError
         If this keeps happening.
     """
-    run = _Run(parameters, num_steps, learning_rate)
+    run = _Run(parameters, num_steps, learning_rate, num_annealed)
     with torch.enable_grad(), tqdm(total=num_steps, disable=not progress, desc="fit") as bar:
         try:
             while not run.is_over():
@@ -63,10 +65,17 @@ def train(
 class _Run:
     """Hold the state of an optimisation."""
 
-    def __init__(self, parameters: Sequence[Tensor], num_steps: int, learning_rate: float) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        num_steps: int,
+        learning_rate: float,
+        num_annealed: int,
+    ) -> None:
         self.parameters = parameters
         self.learning_rate = learning_rate
-        self.schedule = Schedule(num_steps)
+        self.num_annealed = num_annealed
+        self.schedule = Schedule(num_steps, num_annealed)
         self.optimizer = torch.optim.Adam(parameters, learning_rate)
         self.clip = _RelativeClip()
         self.losses: list[float] = []
@@ -88,7 +97,7 @@ class _Run:
         norm = self.clip(self.parameters)
         value = float(loss.detach())
         if not (math.isfinite(value) and math.isfinite(norm)):
-            self._recover("the ELBO or its gradient is not finite")
+            self._recover("the loss or its gradient is not finite")
             return False
         self.optimizer.step()
         self.losses.append(value)
@@ -96,6 +105,9 @@ class _Run:
 
     def check(self) -> None:
         """Take a snapshot if the loss has not risen; go back to the best one if it has diverged."""
+        if len(self.losses) <= self.num_annealed:
+            self.best = _Snapshot(self.parameters, self.optimizer, len(self.losses))
+            return
         recent = torch.tensor(self.losses[-CHECK_INTERVAL:], dtype=torch.float64)
         median = recent.median().item()
         deviation = (recent - median).abs().median().item()
@@ -105,7 +117,7 @@ class _Run:
                 self.parameters, self.optimizer, len(self.losses), best, deviation
             )
         elif median > self.best.loss + max(1.0, DIVERGENCE_FACTOR * self.best.deviation):
-            self._recover(f"the ELBO has dropped from {-self.best.loss:.6g} to {-median:.6g}")
+            self._recover(f"the loss has risen from {self.best.loss:.6g} to {median:.6g}")
 
     def _recover(self, reason: str) -> None:
         self.recoveries += 1
@@ -127,8 +139,9 @@ class _Run:
 class Schedule:
     """Say how large a step is: warm up, hold until converged, decay."""
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, num_steps: int, num_annealed: int = 0) -> None:
         self.num_steps = num_steps
+        self.num_annealed = num_annealed
         self.warm_up = min(WARM_UP_STEPS, num_steps // 10)
         self.decay_start = math.ceil(num_steps / (1 + DECAY_FRACTION))
         self.end = num_steps
@@ -145,7 +158,8 @@ class Schedule:
     def is_over(self, losses: Sequence[float]) -> bool:
         """Tell whether all steps are done; begin the decay early if the loss has converged."""
         step = len(losses)
-        if step % CHECK_INTERVAL == 0 and step < self.decay_start and has_converged(losses):
+        settled = losses[self.num_annealed :]
+        if step % CHECK_INTERVAL == 0 and step < self.decay_start and has_converged(settled):
             self.decay_start = step
             self.end = min(self.num_steps, step + math.ceil(DECAY_FRACTION * step))
         return step >= self.end
