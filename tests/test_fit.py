@@ -1,6 +1,7 @@
 """The whole job: right answers where they are known, the same ones every time, clear refusals."""
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -112,6 +113,24 @@ def test_diagonal_guide_of_pyro_finds_the_best_diagonal() -> None:
     assert ((loc - GAUSSIAN_MEAN) / GAUSSIAN_SD).abs().max() < 0.05
     gap = (GAUSSIAN_FACTOR.diagonal().log().sum() - best.log().sum()).item()
     assert result.elbo == pytest.approx(-gap, abs=0.05 + 4 * result.elbo_standard_error)
+
+
+@pytest.mark.filterwarnings("default:The guide misses part of the posterior:UserWarning")
+def test_a_guide_that_cannot_be_trusted_warns() -> None:
+    """A normal distribution for Cauchy tails: its weights have no mean."""
+
+    def heavy() -> None:
+        pyro.sample("x", dist.Cauchy(0.0, 1.0))
+
+    with pytest.warns(UserWarning, match=r"misses part of the posterior \(k-hat = .*cover_mass"):
+        result = pf.fit(
+            heavy, AutoDiagonalNormal(heavy), num_steps=5, num_draws=5000, progress=False
+        )
+    assert not result.is_reliable
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        good = pf.fit(conjugate, realnvp(conjugate), (HEIGHTS,), num_steps=100, progress=False)
+    assert good.is_reliable
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

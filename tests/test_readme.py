@@ -20,6 +20,7 @@ def examples(path):
 
 EXAMPLES = examples(ROOT / "README.md")
 GUIDE = examples(ROOT / "docs" / "simulation_based_inference.md")
+VARIATIONAL_GUIDE = examples(ROOT / "docs" / "variational_inference.md")
 
 
 def test_the_readme_has_examples():
@@ -52,6 +53,23 @@ def test_the_guide_to_simulators_runs_as_it_stands(tmp_path, monkeypatch):
     torch.manual_seed(0)
     exec("\n".join(GUIDE), {})
     assert (tmp_path / "rates.nc").exists()
+
+
+@pytest.mark.slow
+def test_the_guide_to_variational_inference_runs_as_it_stands(capsys):
+    torch.manual_seed(0)
+    names = {}
+    exec(VARIATIONAL_GUIDE[0], names)
+    assert names["result"].is_reliable
+    assert names["result"].sample(4000, seed=0)["slope"].mean().item() == pytest.approx(2, abs=0.5)
+    exec("\n".join(VARIATIONAL_GUIDE[1:3]), names)
+    # The modes are equal; 1000 resampled draws err by 0.016, and weights by as much again.
+    draws = names["result"].sample(1000, resample=True, seed=0)["theta"]
+    assert (draws > 0).double().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert not names["restarts"].agree
+    exec("\n".join(VARIATIONAL_GUIDE[3:]), names)
+    assert names["draws"]["log_rate"].shape == (100, 3)
+    assert "mean_pit" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -274,6 +274,7 @@ def _replicate(
     with warnings.catch_warnings():
         # A fit that was cut short says nothing about the guide, so that its warning is an error.
         warnings.filterwarnings("error", "interrupted after", UserWarning)
+        warnings.filterwarnings("ignore", "The guide misses part of the posterior", UserWarning)
         try:
             result = fit(
                 model,

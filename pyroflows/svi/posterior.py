@@ -103,20 +103,28 @@ class VariationalPosterior:
 
     @property
     def verdict(self) -> str:
-        """Say in words whether to trust the answer."""
+        """Say in words whether to trust the answer, and what to do if not."""
         # Where all weights are nearly equal, the shape of their tail says nothing.
         if self.khat < KHAT_GOOD or self._largest_log_weight < EQUAL_LOG_WEIGHTS:
-            return "The guide is close to the posterior: use its draws as they are."
-        if self.khat < KHAT_USABLE:
             return (
-                "The guide is near the posterior: weighted answers and sample(..., resample=True) "
-                "are reliable, plain draws are slightly off."
+                "The guide is close to the posterior, where it has mass: use its draws as they "
+                "are. Only fits from other starts (pf.fit_restarts) can find modes it has missed."
+            )
+        if self.is_reliable:
+            return (
+                f"The guide is near the posterior (k-hat = {self.khat:.2f}): weighted answers and "
+                "sample(..., resample=True) are reliable, plain draws are slightly off."
             )
         return (
-            "The guide misses part of the posterior (k-hat >= 0.7): even weighted answers are "
-            "unreliable. Try a larger flow (num_layers, hidden_dims), more steps, or a "
-            "reparametrised model."
+            f"The guide misses part of the posterior (k-hat = {self.khat:.2f}, above 0.7): even "
+            "weighted answers are unreliable. Try more steps, a more flexible flow (pf.AutoSpline, "
+            "num_layers, hidden_dims), pf.cover_mass(result), or a reparametrised model."
         )
+
+    @property
+    def is_reliable(self) -> bool:
+        """Tell whether weighted answers can be trusted."""
+        return self.khat < KHAT_USABLE or self._largest_log_weight < EQUAL_LOG_WEIGHTS
 
     @torch.no_grad()
     def sample(self, num_samples: int, resample: bool = False, seed: int | None = None) -> dict:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 WARM_UP_STEPS = 100
-WINDOW = 250  # steps averaged to see whether the loss still falls
+WINDOW = 500  # steps averaged to see whether the loss still falls
 DECAY_FRACTION = 0.5  # length of the decay, as a fraction of the steps before it
 CHECK_INTERVAL = 50  # steps between checks, and between snapshots to go back to
 CLIP_FACTOR = 3.0  # gradients are clipped at this multiple of their running norm
