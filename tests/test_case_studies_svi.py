@@ -148,7 +148,7 @@ def test_mixture_in_fast_mode(tmp_path):
     metrics = run("mixture", tmp_path)
     fits = metrics["fits"]
     assert abs(fits["ordered"]["error of log evidence"]) < 0.1
-    assert fits["ordered"]["abc"] == 1
+    assert fits["ordered"]["share of a < b < c"] == 1
     # A guide in one mode of six falls short by log 6.
     assert fits["plain 1"]["gap"] > 0.5
     assert metrics["largest R-hat"]["plain"] > 1.05

@@ -115,6 +115,14 @@ def test_diagonal_guide_of_pyro_finds_the_best_diagonal() -> None:
     assert result.elbo == pytest.approx(-gap, abs=0.05 + 4 * result.elbo_standard_error)
 
 
+def test_sites_that_change_shape_are_refused() -> None:
+    guide = realnvp(groups)
+    pf.fit(groups, guide, (torch.zeros(2, 3),), **QUICK)
+    message = r"guide was set up for site 'column_effect' of shape \(3,\), but .* shape \(4,\)"
+    with pytest.raises(ValueError, match=message):
+        pf.fit(groups, guide, (torch.zeros(2, 4),), **QUICK)
+
+
 @pytest.mark.filterwarnings("default:The guide misses part of the posterior:UserWarning")
 def test_a_guide_that_cannot_be_trusted_warns() -> None:
     """A normal distribution for Cauchy tails: its weights have no mean."""

@@ -113,6 +113,20 @@ def test_losses_of_another_temperature_do_not_count() -> None:
     assert schedule.end == 3150
 
 
+def test_a_leap_while_it_cools_is_undone() -> None:
+    parameter = nn.Parameter(torch.tensor([0.0]))
+    steps = iter(range(1000))
+
+    def loss() -> Tensor:
+        step = next(steps)
+        thrown = 1e4 * (parameter - 1).square().sum() if 220 <= step < 230 else 0.0
+        return parameter.square().sum() + 0.1 * step + thrown
+
+    with pytest.warns(UserWarning, match=r"the loss has risen .* at step 250: went back to step 2"):
+        train(loss, [parameter], 600, 10.0, progress=False, num_annealed=500)
+    assert parameter.abs().item() < 1
+
+
 def test_a_loss_that_rises_while_it_cools_has_not_diverged() -> None:
     parameter = nn.Parameter(torch.tensor([0.0]))
     values = iter([1000.0 * min(step, 200) for step in range(400)])

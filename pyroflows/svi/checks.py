@@ -40,6 +40,18 @@ def check_sites(trace: poutine.Trace, latent: Mapping[str, dict], data: Mapping[
         _check_support(name, site)
 
 
+def check_shapes(trace: poutine.Trace, latent: Mapping[str, dict]) -> None:
+    """Raise ``ValueError`` if latent sites have other shapes than when the guide was set up."""
+    for name, site in latent.items():
+        known = site["value"].shape
+        if name in trace.nodes and trace.nodes[name]["value"].shape != known:
+            raise ValueError(
+                f"guide was set up for site {name!r} of shape {tuple(known)}, but with these "
+                f"arguments the model's has shape {tuple(trace.nodes[name]['value'].shape)}: make "
+                "a new guide, or an AmortizedFlow, whose plate may grow"
+            )
+
+
 def check_values(name: str, site: dict, values: Mapping[str, Tensor]) -> Tensor:
     """Return the values ``(S, *site_shape)`` of a latent site; raise unless they fit it."""
     if name not in values:

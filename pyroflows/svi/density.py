@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
-from .checks import check_sites, check_values
+from .checks import check_shapes, check_sites, check_values
 
 PARTICLES = "_pyroflows_particles"
 CHUNK = 2000  # vectors evaluated at once where there are many
@@ -80,9 +80,9 @@ class ModelDensity:
             if self.guide.prototype_trace is None:
                 self.guide._setup_prototype(*self.args, **self.kwargs)
             start = self.guide._init_loc()
-            self.plate_nesting, self.has_enumeration = _structure(
-                self.model, self.args, self.kwargs
-            )
+            trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+            check_shapes(trace, self.sites)
+            self.plate_nesting, self.has_enumeration = _structure(trace)
             self.prototype = self.trace(start.unsqueeze(0), vectorized=False, sum_out=False)
         check_sites(self.prototype, self.sites, self.data_sites)
         self.vectorized = self._can_vectorize(start)
@@ -290,9 +290,8 @@ def is_deterministic(site: dict) -> bool:
     return site["type"] == "sample" and bool(site["infer"].get("_deterministic"))
 
 
-def _structure(model: Callable, args: tuple, kwargs: Mapping) -> tuple[int, bool]:
+def _structure(trace: poutine.Trace) -> tuple[int, bool]:
     """Return how deep plates nest in a model and whether it has sites to enumerate."""
-    trace = poutine.trace(model).get_trace(*args, **kwargs)
     sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
     frames = [frame for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]
     enumerated = any(

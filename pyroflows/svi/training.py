@@ -19,6 +19,7 @@ CHECK_INTERVAL = 50  # steps between checks, and between snapshots to go back to
 CLIP_FACTOR = 3.0  # gradients are clipped at this multiple of their running norm
 OUTLIER_FACTOR = 100.0  # and those of single draws at this multiple of their median
 DIVERGENCE_FACTOR = 20.0  # a loss this many deviations above the best has diverged
+LEAP_FACTOR = 4.0  # and one that rises by this multiple of its last change, while it is annealed
 MAX_RECOVERIES = 10
 
 
@@ -36,8 +37,8 @@ def train(
     error, and then decays; ``num_steps`` bounds the whole. Gradients are clipped relative to their
     running norm. Where a step is not finite or the loss has diverged, the parameters go back to
     the best snapshot and the learning rate is halved, with a warning. An interrupt (Ctrl-C) ends
-    the loop early and keeps what was learned. In the first ``num_annealed`` steps the loss is still
-    changing: what it was then is compared with nothing.
+    the loop early and keeps what was learned. In the first ``num_annealed`` steps the loss itself
+    is changing: it has diverged then if it leaps, and says nothing of convergence.
 
     Raises
     ------
@@ -105,19 +106,20 @@ class _Run:
 
     def check(self) -> None:
         """Take a snapshot if the loss has not risen; go back to the best one if it has diverged."""
-        if len(self.losses) <= self.num_annealed:
-            self.best = _Snapshot(self.parameters, self.optimizer, len(self.losses))
-            return
         recent = torch.tensor(self.losses[-CHECK_INTERVAL:], dtype=torch.float64)
         median = recent.median().item()
         deviation = (recent - median).abs().median().item()
-        if median <= self.best.loss + deviation:
-            best = min(median, self.best.loss)
-            self.best = _Snapshot(
-                self.parameters, self.optimizer, len(self.losses), best, deviation
-            )
-        elif median > self.best.loss + max(1.0, DIVERGENCE_FACTOR * self.best.deviation):
+        if median > self.best.loss + max(1.0, DIVERGENCE_FACTOR * self.best.deviation):
             self._recover(f"the loss has risen from {self.best.loss:.6g} to {median:.6g}")
+        elif len(self.losses) <= self.num_annealed:
+            # The loss moves with what is annealed: only a leap far beyond its pace is a divergence.
+            leap = LEAP_FACTOR * abs(median - self.best.loss)
+            self._keep(median, max(deviation, leap / DIVERGENCE_FACTOR))
+        elif median <= self.best.loss + deviation:
+            self._keep(min(median, self.best.loss), deviation)
+
+    def _keep(self, loss: float, deviation: float) -> None:
+        self.best = _Snapshot(self.parameters, self.optimizer, len(self.losses), loss, deviation)
 
     def _recover(self, reason: str) -> None:
         self.recoveries += 1
