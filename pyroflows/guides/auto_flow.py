@@ -280,7 +280,7 @@ def _check_latent_sites(model: Callable, args: tuple, kwargs: Mapping) -> None:
                 raise ValueError(
                     f"site {name!r} lies in plate {frame.name!r}, subsampled {frame.size} of "
                     f"{frame.full_size}: a flow over all latent variables needs the whole plate; "
-                    "drop the subsampling, or use pf.AmortizedFlow(model, plate={frame.name!r})"
+                    f"drop the subsampling, or use pf.AmortizedFlow(model, plate={frame.name!r})"
                 )
 
 

@@ -172,7 +172,7 @@ def has_converged(losses: Sequence[float], window: int = WINDOW) -> bool:
 
     Examples
     --------
-    >>> has_converged([1.0, 0.9] * 300), has_converged([-float(i) for i in range(600)])
+    >>> has_converged([1.0, 0.9] * 550), has_converged([-float(i) for i in range(1100)])
     (True, False)
     """
     if len(losses) < 2 * window + WARM_UP_STEPS:
