@@ -769,7 +769,7 @@ def test_latents_of_a_subsampled_plate_are_an_error(build: GuideBuilder) -> None
         with pyro.plate("item", 100, subsample_size=10):
             pyro.sample("local", dist.Normal(0.0, 1.0))
 
-    message = r"'local' lies in plate 'item', subsampled 10 of 100.*pf.AmortizedFlow\(model, plate='i"
+    message = r"'local' lies in plate 'item', subsampled 10.*AmortizedFlow\(model, plate='item"
     with pytest.raises(ValueError, match=message):
         build(model)()
 
