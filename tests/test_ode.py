@@ -1,5 +1,6 @@
 """Flows of velocity fields: fourth order, within tolerances, both ways, with integrals."""
 
+import itertools
 import math
 
 import pytest
@@ -34,6 +35,23 @@ def test_steps_of_fixed_size_are_of_fourth_order() -> None:
     torch.manual_seed(0)
     fine = error(Solve(num_steps=40))
     assert 2**3.7 < coarse / fine < 2**4.3
+
+
+def test_steps_get_shorter_towards_the_end_and_meet_at_any_time() -> None:
+    times = []
+
+    def still(time: Tensor, w: Tensor) -> Tensor:
+        times.append(time.item())
+        return 0 * w
+
+    Solve(num_steps=4)(still, torch.zeros(1, dtype=torch.float64), 0.0, 1.0)
+    lengths = [after - time for time, after in itertools.pairwise([*times[::4], 1.0])]
+    assert sum(lengths) == pytest.approx(1)
+    assert all(after < before for before, after in itertools.pairwise(lengths))
+    w = torch.randn(3, 2, dtype=torch.float64)
+    solve = Solve(num_steps=20)
+    halfway = solve(spiral, w, 0.0, 0.6)
+    torch.testing.assert_close(solve(spiral, halfway, 0.6, 1.0), exact(w), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-7])
@@ -74,7 +92,7 @@ def test_an_integral_takes_as_many_rates_as_it_has_nodes() -> None:
         return w[..., :1]
 
     Solve(num_steps=5).integrate(spiral, rate, torch.ones(1, 2), 0.0, 1.0)
-    assert len(calls) == 10
+    assert len(calls) == 15
     assert calls == sorted(calls)
 
 

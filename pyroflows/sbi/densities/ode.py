@@ -13,6 +13,10 @@ from torch import Tensor
 
 from ...transforms.continuous.solver import Solver
 
+# Of the exponents 1 (even steps) to 2, those about 1.5 had the least error for their steps in draws
+# of published tasks; densities gain nothing, so that their nodes stay where quadrature has them.
+SLOWING = 1.5
+
 # (time, points (*batch, D)) -> their velocities, or numbers for each, (*batch, K).
 Field: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -21,9 +25,10 @@ Field: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 class Solve:
     r"""Carry points along a velocity field :math:`dw/dt = v(t, w)`.
 
-    By default in steps of fixed size, with the fourth-order method of Runge and Kutta: ``4
-    num_steps`` evaluations. With a tolerance, in the steps that the fifth-order method of Dormand
-    and Prince [1] needs to keep the local error of the worst point below it.
+    By default in a fixed number of steps, with the fourth-order method of Runge and Kutta: ``4
+    num_steps`` evaluations. The steps get shorter towards time 1, where noise has nearly become
+    data and the field turns fastest. With a tolerance, in the steps that the fifth-order method of
+    Dormand and Prince [1] needs to keep the local error of the worst point below it.
 
     Parameters
     ----------
@@ -44,11 +49,11 @@ class Solve:
 
     Examples
     --------
-    >>> Solve(num_steps=8)(lambda time, w: -w, torch.ones(1), 0.0, 1.0)
+    >>> Solve(num_steps=5)(lambda time, w: -w, torch.ones(1), 0.0, 1.0)
     tensor([0.3679])
     """
 
-    num_steps: int = 8
+    num_steps: int = 5
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
@@ -61,8 +66,7 @@ class Solve:
         """Return where points ``(*batch, D)`` at time ``start`` are at time ``end``."""
         if self.tolerance is not None:
             return self._adaptive(velocity, _nothing, w, start, end)[0]
-        times = torch.linspace(start, end, self.num_steps + 1, dtype=torch.float64).tolist()
-        for time, after in pairwise(times):
+        for time, after in pairwise(_times(self.num_steps, start, end)):
             w = _runge_kutta(velocity, w, time, after)
         return w
 
@@ -71,7 +75,7 @@ class Solve:
     ) -> tuple[Tensor, Tensor]:
         r"""Return where points end, and integrals :math:`\int r(t, w_t) dt` along their paths.
 
-        Without a tolerance the integral is a quadrature of Gauss and Legendre with ``2 num_steps``
+        Without a tolerance the integral is a quadrature of Gauss and Legendre with ``3 num_steps``
         nodes, and the steps go from node to node: a rate that is dearer than the velocity is
         evaluated no more often than it must.
 
@@ -94,7 +98,7 @@ class Solve:
         if self.tolerance is not None:
             return self._adaptive(velocity, rate, w, start, end)
         total, time = w.new_zeros(()), start
-        for node, weight in _gauss_legendre(2 * self.num_steps, start, end):
+        for node, weight in _gauss_legendre(3 * self.num_steps, start, end):
             w = _runge_kutta(velocity, w, time, node)
             total = total + weight * rate(w.new_tensor(node), w)
             time = node
@@ -129,6 +133,13 @@ def _runge_kutta(velocity: Field, w: Tensor, start: float, end: float) -> Tensor
     third = velocity(middle, w + step / 2 * second)
     fourth = velocity(after, w + step * third)
     return w + step / 6 * (first + 2 * second + 2 * third + fourth)
+
+
+def _times(num_steps: int, start: float, end: float) -> list[float]:
+    """Return times from start to end, both between 0 and 1, denser towards 1."""
+    clock = 1 - (1 - np.array([start, end])) ** (1 / SLOWING)
+    times = 1 - (1 - np.linspace(*clock, num_steps + 1)) ** SLOWING
+    return [start, *times[1:-1].tolist(), end]
 
 
 def _gauss_legendre(size: int, start: float, end: float) -> Iterator[tuple[float, float]]:
