@@ -32,11 +32,11 @@ from torch import Tensor
 
 import pyroflows as pf
 from pyroflows.diagnostics import sbc
+from pyroflows.plots import plot_corner, plot_ecdf_pit
 
 from .budget import Budget
-from .calibration import calibration_metrics, draw_calibration
+from .calibration import calibration_metrics
 from .command_line import parse, save_figure, write_json
-from .corner import draw_corner
 
 NUM_CUSTOMERS = 50
 NUM_WORKERS = 2
@@ -160,8 +160,10 @@ def main() -> None:
     posterior.to_arviz(x=x, seed=seed).to_netcdf(out / "black_box.nc")
     pairs = torch.stack([draws[name] for name in PRIOR], -1)
     truth = torch.tensor([*TRUTH.values()])
-    save_figure(draw_corner(pairs, labels=[*PRIOR], truth=truth), out / "posterior.png")
-    save_figure(draw_calibration(test), out / "calibration.png")
+    save_figure(
+        plot_corner(pairs, labels=[*PRIOR], truth=truth)[0, 0].figure, out / "posterior.png"
+    )
+    save_figure(plot_ecdf_pit(test).figure, out / "calibration.png")
     predicted = check.simulations.observations["x"]
     save_figure(draw_prediction(predicted, x), out / "prediction.png")
     print("\nwritten:", *sorted(str(path) for path in out.iterdir()))

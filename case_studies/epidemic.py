@@ -32,15 +32,16 @@ from torchdiffeq import odeint
 
 import pyroflows as pf
 from pyroflows.diagnostics import sbc
+from pyroflows.plots import plot_corner, plot_ecdf_pit
 
 from .accuracy import accuracy
 from .budget import Budget
-from .calibration import calibration_metrics, draw_calibration
+from .calibration import calibration_metrics
 from .command_line import parse, save_figure, write_json
-from .corner import draw_corner
 
 POPULATION = 1_000_000
 NUM_TESTED = 1000
+NUM_EXACT = 20_000  # draws
 STEP = 0.5  # days
 TEST_DAYS = torch.linspace(16.0, 160.0, 10)
 ALL_DAYS = torch.arange(1.0, 161.0)
@@ -152,7 +153,7 @@ def main() -> None:
 
     x = observe(seed)
     draws = posterior.sample(budget.num_draws, x=x, seed=seed)
-    learned, exact = stack(draws), stack(exact_draws(x, budget.num_draws, seed))
+    learned, exact = stack(draws), stack(exact_draws(x, NUM_EXACT, seed))
     fresh = pf.sbi.simulate(epidemic, budget.num_replicates, seed=seed + 1, progress=False)
     test = sbc(posterior, fresh, num_draws=budget.num_ranked, seed=seed)
     check = pf.sbi.predictive_check(posterior, epidemic, x=x, seed=seed, progress=False)
@@ -169,10 +170,12 @@ def main() -> None:
         print(f"{name}: {metrics[name]:.3g}")
     write_json(out / "metrics.json", metrics)
     posterior.to_arviz(x=x, seed=seed).to_netcdf(out / "epidemic.nc")
-    save_figure(draw_corner(learned, exact, NAMES, stack(TRUTH)), out / "posterior.png")
+    save_figure(
+        plot_corner(learned, exact, NAMES, stack(TRUTH))[0, 0].figure, out / "posterior.png"
+    )
     some = {name: value[:2000] for name, value in draws.items()}
     save_figure(draw_prediction(predict(some, ALL_DAYS, seed), x), out / "prediction.png")
-    save_figure(draw_calibration(test), out / "calibration.png")
+    save_figure(plot_ecdf_pit(test).figure, out / "calibration.png")
     print("\nwritten:", *sorted(str(path) for path in out.iterdir()))
 
 

@@ -36,12 +36,11 @@ from torchdiffeq import odeint
 
 import pyroflows as pf
 from pyroflows.diagnostics import sbc
-from pyroflows.plots import plot_weight_tail
+from pyroflows.plots import plot_corner, plot_ecdf_pit, plot_weight_tail
 
 from .budget import Budget
-from .calibration import calibration_metrics, draw_calibration
+from .calibration import calibration_metrics
 from .command_line import parse, save_figure, write_json
-from .corner import draw_corner
 
 NAMES = ("growth", "predation", "mortality", "reproduction")
 PRIOR = {
@@ -142,8 +141,8 @@ def main() -> None:
     write_json(out / "metrics.json", metrics)
     corrected.to_arviz().to_netcdf(out / "predator_prey.nc")
     truth = torch.tensor([TRUTH[name] for name in NAMES])
-    save_figure(draw_corner(learned, exact, NAMES, truth), out / "posterior.png")
-    save_figure(draw_calibration(test), out / "calibration.png")
+    save_figure(plot_corner(learned, exact, NAMES, truth)[0, 0].figure, out / "posterior.png")
+    save_figure(plot_ecdf_pit(test).figure, out / "calibration.png")
     some = {name: value[:1000] for name, value in weighted.items()}
     save_figure(draw_prediction(some, x), out / "prediction.png")
     figure, ax = plt.subplots(figsize=(6, 4))

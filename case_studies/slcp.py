@@ -29,17 +29,19 @@ import torch
 from torch import Tensor
 
 import pyroflows as pf
+from pyroflows.arviz import build
+from pyroflows.plots import plot_corner
 
 from .accuracy import accuracy
 from .budget import Budget
 from .command_line import parse, save_figure, write_json
-from .corner import draw_corner
 
 NUM_POINTS = 4
 BOUND = 3.0
 TRUTH = torch.tensor([0.7, -2.9, -1.0, -0.9, 0.6])
 NAMES = tuple(f"theta[{i}]" for i in range(len(TRUTH)))
 NUM_PRIOR_DRAWS, CHUNK = 20_000_000, 1_000_000
+NUM_EXACT = 20_000  # draws
 NEGLIGIBLE = 20.0  # nats below the best: all such draws together have no weight
 
 
@@ -104,7 +106,7 @@ def main() -> None:
     budget, seed, out = Budget.of(options.fast), options.seed, options.out
     simulations = pf.sbi.simulate(slcp, budget.num_simulations, seed=seed, progress=False)
     x = observe(seed)
-    exact, effective_number = exact_draws(x, budget.num_draws, seed)
+    exact, effective_number = exact_draws(x, NUM_EXACT, seed)
     metrics: dict[str, Any] = {
         "simulations": budget.num_simulations,
         "effective number of exact draws": effective_number,
@@ -124,13 +126,13 @@ def main() -> None:
             "sampling seconds": sampled - trained,
         }
         print(f"{name}: C2ST {metrics[name]['C2ST']:.3f}", flush=True)
-        save_figure(draw_corner(draws, exact, NAMES, TRUTH), out / f"{name}.png")
+        save_figure(plot_corner(draws, exact, NAMES, TRUTH)[0, 0].figure, out / f"{name}.png")
     write_json(out / "metrics.json", metrics)
     groups = {
         "posterior": {name: draws.numpy()[None] for name, draws in learned.items()},
         "observed_data": {"x": x.numpy()},
     }
-    pf.arviz.build(groups).to_netcdf(out / "slcp.nc")
+    build(groups).to_netcdf(out / "slcp.nc")
     print("\nwritten:", *sorted(str(path) for path in out.iterdir()))
 
 

@@ -24,9 +24,7 @@ from __future__ import annotations
 
 import math
 import time
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import pyro
@@ -36,9 +34,10 @@ from torch import Tensor
 
 import pyroflows as pf
 from pyroflows.diagnostics import SBC, c2st, sbc
+from pyroflows.plots import plot_ecdf_pit
 
 from .budget import Budget
-from .calibration import calibration_metrics, draw_calibration
+from .calibration import calibration_metrics
 from .command_line import parse, save_figure, write_json
 
 TIMES = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
@@ -74,23 +73,6 @@ def exact_draws(x: Tensor, num_draws: int, seed: int = 0) -> Tensor:
         theta = torch.stack([size + difference, size - difference], -1) / 2**0.5
         kept = torch.cat([kept, theta[(sum_ >= 0) & (theta.abs() < 1).all(-1)]])
     return kept[:num_draws]
-
-
-@torch.no_grad()
-def flow_path(posterior: pf.sbi.Posterior, x: Tensor, num_draws: int, seed: int) -> Tensor:
-    """Carry noise to the posterior; return the parameters ``(times, draws, 2)`` on the way."""
-    density: Any = posterior.density
-    device = density.linear.loc.device
-    standard = density.standardizer(posterior.observations.tensor(x).to(device))
-    summary = density.embedding(standard)
-    noise = torch.randn(num_draws, 2, generator=torch.Generator().manual_seed(seed)).to(device)
-    path = [noise]
-    for before, after in pairwise(TIMES):
-        path.append(
-            density.solve(lambda t, w: density.velocity(t, w, summary), path[-1], before, after)
-        )
-    z = density.linear.colour(torch.stack(path), density.features(standard))
-    return posterior.space.constrain(z)["theta"].cpu()
 
 
 def draw_posteriors(draws: list[Tensor], exact: list[Tensor], scores: list[float]) -> plt.Figure:
@@ -173,8 +155,9 @@ def main() -> None:
     write_json(out / "metrics.json", metrics)
     posterior.to_arviz(x=observations[0], seed=seed).to_netcdf(out / "two_moons.nc")
     save_figure(draw_posteriors(draws, exact, scores), out / "posteriors.png")
-    save_figure(draw_path(flow_path(posterior, observations[0], 2000, seed)), out / "flow.png")
-    save_figure(draw_calibration(test), out / "calibration.png")
+    path = posterior.trajectory(2000, TIMES, x=observations[0], seed=seed)["theta"].cpu()
+    save_figure(draw_path(path), out / "flow.png")
+    save_figure(plot_ecdf_pit(test).figure, out / "calibration.png")
     print("\nwritten:", *sorted(str(path) for path in out.iterdir()))
 
 

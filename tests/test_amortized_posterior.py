@@ -133,11 +133,11 @@ def test_the_error_of_the_solver_is_stated_truly() -> None:
     x = torch.tensor([0.1, -0.2])
     posterior = trained()
     error = posterior.solver_error(x=x)
-    coarse = posterior.with_solver(num_steps=4).solver_error(x=x)
+    coarse = posterior.with_solver(num_steps=3).solver_error(x=x)
     assert 0 < error.mean <= error.largest < 0.05
     assert error.mean < coarse.mean / 2
     few, many = (
-        posterior.with_solver(num_steps=n).sample(1000, x=x, seed=0)["theta"] for n in (4, 200)
+        posterior.with_solver(num_steps=n).sample(1000, x=x, seed=0)["theta"] for n in (3, 200)
     )
     true = ((few - many).abs() / many.std(0)).mean().item()
     assert coarse.mean == pytest.approx(true, rel=0.5)
@@ -152,6 +152,32 @@ def test_a_tolerance_makes_draws_exact() -> None:
     log_prob = posterior.with_solver(num_steps=64).log_prob({"theta": many[:50]}, x=x)
     exact = adaptive.log_prob({"theta": many[:50]}, x=x)
     assert (log_prob - exact).abs().mean() < 0.01
+
+
+def test_a_trajectory_leads_from_noise_to_the_draws() -> None:
+    x = torch.tensor([[0.1, -0.2], [0.5, 0.5]])
+    posterior = trained().with_solver(tolerance=1e-5)
+    path = posterior.trajectory(300, (0.0, 0.5, 1.0), x=x, seed=0)["theta"]
+    assert path.shape == (3, 300, 2, 2)
+    draws = posterior.sample(300, x=x, seed=0)["theta"]
+    torch.testing.assert_close(path[-1], draws, rtol=0, atol=1e-3)
+    assert (path[0] - draws).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "times", "message"),
+    [
+        (0, (0.0, 1.0), "num_samples must be at least 1, got 0"),
+        (5, (), "times must ascend between 0 and 1"),
+        (5, (0.5, 0.5), "times must ascend between 0 and 1"),
+        (5, (0.5, 1.5), "times must ascend between 0 and 1"),
+    ],
+)
+def test_impossible_trajectories_are_refused(
+    num_samples: int, times: tuple[float, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trained().trajectory(num_samples, times, x=torch.zeros(2))
 
 
 def test_only_posteriors_with_a_solver_have_options_of_one() -> None:

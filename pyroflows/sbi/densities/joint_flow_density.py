@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,6 +94,10 @@ class JointFlowDensity(FlowMatchingDensity):
 
     def sample(self, num_samples: int, x: Tensor) -> Tensor:
         return self.complete(num_samples, self._condition(x))[..., : self.num_parameters]
+
+    def trajectory(self, num_samples: int, times: Sequence[float], x: Tensor) -> Tensor:
+        path = super().trajectory(num_samples, times, self._condition(x))
+        return self.standardizer.inverse(path)[..., : self.num_parameters]
 
     def log_prob(self, z: Tensor, x: Tensor) -> Tensor:
         if bool(x.isnan().any()):

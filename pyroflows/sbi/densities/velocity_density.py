@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ class VelocityDensity(ConditionalDensity):
         dim: int,
         observations: ObservationSpace,
         embedding: nn.Module | None = None,
-        num_steps: int = 8,
+        num_steps: int = 5,
         tolerance: float | None = None,
         num_probes: int | None = None,
     ) -> None:
@@ -116,10 +117,42 @@ class VelocityDensity(ConditionalDensity):
         w = self.carry(noise, summary)
         return self.linear.colour(w, self.features(standard))
 
-    def carry(self, noise: Tensor, summary: Tensor) -> Tensor:
+    @torch.no_grad()
+    def trajectory(self, num_samples: int, times: Sequence[float], x: Tensor) -> Tensor:
+        """Return draws of ``z`` on their way from noise, ``(T, num_samples, *batch, D)``.
+
+        Parameters
+        ----------
+        num_samples
+            Number of draws ``S``; with the same random state those of :meth:`sample`.
+        times
+            ``T`` ascending times between 0, where draws are noise in the scale of the parameters,
+            and 1. Each stretch between two of them is solved in as many steps as a whole path.
+        x
+            Observations ``(*batch, ...)``.
+
+        Raises
+        ------
+        ValueError
+            If there are no times, or they leave 0 to 1 or do not ascend.
+        """
+        times = [float(time) for time in times]
+        if not times or any(a >= b for a, b in pairwise(times)) or times[0] < 0 or times[-1] > 1:
+            raise ValueError(f"times must ascend between 0 and 1, and be one at least, got {times}")
+        standard = self.standardizer(x)
+        summary = self.embedding(standard)
+        w = torch.randn(num_samples, *summary.shape[:-1], self.dim).to(summary)
+        states = []
+        for start, end in pairwise((0.0, *times)):
+            w = w if start == end else self.carry(w, summary, start, end)
+            states.append(w)
+        return self.linear.colour(torch.stack(states), self.features(standard))
+
+    def carry(self, noise: Tensor, summary: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
         """Return where noise ``(*batch, D)`` ends; the summaries broadcast to its batch."""
         ends = [
-            self.solve(self._field(part), w, 0.0, 1.0) for w, part in _parts(noise, summary, CHUNK)
+            self.solve(self._field(part), w, start, end)
+            for w, part in _parts(noise, summary, CHUNK)
         ]
         return torch.cat(ends).reshape(noise.shape)
 

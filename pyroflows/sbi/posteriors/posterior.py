@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import tensor_file
+from ...diagnostics.frames import frame
 from ...distributions.maximum_likelihood import DensityFit
 from ..densities.conditional import ConditionalDensity
 from ..densities.velocity_density import SolverError, VelocityDensity
@@ -19,8 +20,9 @@ from ..model.joint_density import JointDensity
 from ..model.observations import ObservationSpace
 from ..model.space import ParameterSpace
 from .corrected import CorrectedPosterior
+from .export import export_posterior
 from .mode import climb
-from .tables import export, tabulate
+from .tables import batch_dims, tabulate
 
 FORMAT = "pyroflows.Posterior/1"
 CHUNK = 1024  # draws at a time: what fits in the caches is several times faster
@@ -31,7 +33,7 @@ MODE_STARTS = 3
 class Posterior:
     """Sample and evaluate the posterior of a simulator's parameters for any observation.
 
-    What estimators return; :meth:`Estimator.load` reads one from a file.
+    What estimators return; :meth:`FlowMatching.load` reads one from a file.
 
     Attributes
     ----------
@@ -45,6 +47,18 @@ class Posterior:
         How the training went; ``None`` for a posterior from a file.
     joint
         The simulator's own density, ``None`` where the simulator is not known.
+
+    Examples
+    --------
+    >>> import pyro, pyro.distributions as dist, pyroflows as pf
+    >>> def simulator():
+    ...     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("x", dist.Normal(theta, 1.0))
+    >>> estimator = pf.sbi.NeuralPosterior(simulator, num_layers=2)
+    >>> posterior = estimator.fit(num_simulations=500, num_steps=50, progress=False)
+    >>> draws = posterior.sample(100, x=torch.tensor([0.0, 1.0]))  # two observations
+    >>> draws["theta"].shape, posterior.log_prob(draws, x=torch.tensor([0.0, 1.0])).shape
+    (torch.Size([100, 2]), torch.Size([100, 2]))
     """
 
     def __init__(
@@ -212,7 +226,9 @@ class Posterior:
         with torch.no_grad():
             log_q = self.density.log_prob(draws, observed)
             log_p = self.joint.log_joint(draws, self._sites(x))
-        return CorrectedPosterior(self.space, draws, log_p, log_q, self._sites(x), self.about)
+        return CorrectedPosterior(
+            self.space, draws, log_p, log_q, self._sites(x), self.about, self.joint
+        )
 
     def with_solver(self, **options: Any) -> Posterior:
         """Return the same posterior, of the same weights, solved with other options.
@@ -241,6 +257,48 @@ class Posterior:
         """
         density = self._solved().with_solver(**options)
         return Posterior(self.space, self.observations, density, self.about, self.fit, self.joint)
+
+    def trajectory(
+        self,
+        num_samples: int,
+        times: Sequence[float],
+        *,
+        x: Tensor | Mapping[str, Tensor],
+        seed: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Follow draws on their way from noise to the posterior.
+
+        Parameters
+        ----------
+        num_samples
+            Number of draws ``S``.
+        times
+            ``T`` ascending times between 0, where draws are noise in the scale of the parameters,
+            and 1, where they are those of the posterior.
+        x
+            The observation, as for :meth:`sample`.
+        seed
+            Makes the draws reproducible: with the same seed, those of :meth:`sample`.
+
+        Returns
+        -------
+        dict
+            From sites to states ``(T, S, *batch, *shape)``.
+
+        Raises
+        ------
+        TypeError
+            If the posterior has no solver.
+        ValueError
+            If ``num_samples`` is below 1, or times leave 0 to 1 or do not ascend.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            path = self._solved().trajectory(num_samples, times, self._tensor(x))
+        return self.space.constrain(path)
 
     def solver_error(
         self,
@@ -307,18 +365,33 @@ class Posterior:
         draws = self.space.constrain(self._draw(num_samples, observed, seed))
         return tabulate(draws, len(self._batch_shape(observed)))
 
-    def to_arviz(
+    def to_frame(
         self,
         *,
         x: Tensor | Mapping[str, Tensor],
         num_samples: int = 1000,
         seed: int | None = None,
+    ) -> pd.DataFrame:
+        """Return draws as a table, a row each; arguments as in :meth:`to_arviz`."""
+        observed = self._tensor(x)
+        draws = self.space.constrain(self._draw(num_samples, observed, seed))
+        return frame(draws, ("draw", *batch_dims(len(self._batch_shape(observed)))))
+
+    def to_arviz(
+        self,
+        *,
+        x: Tensor | Mapping[str, Tensor],
+        num_samples: int = 1000,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        coords: Mapping[str, Sequence[Any]] | None = None,
+        seed: int | None = None,
     ) -> Any:
         """Return draws given one observation, or each of a batch, as ArviZ data.
 
         The draws are one chain of the group ``posterior``, with their log-density ``lp`` in
-        ``sample_stats`` and the observations in ``observed_data``. A batch is the dimension
-        ``observation``.
+        ``sample_stats``, the observations in ``observed_data`` and other arguments of the model in
+        ``constant_data``. A batch is the dimension ``observation``; other dimensions are named
+        after plates.
 
         Parameters
         ----------
@@ -326,6 +399,10 @@ class Posterior:
             The observation, as for :meth:`sample`.
         num_samples
             Number of draws.
+        dims
+            Names of the dimensions of a site, instead of those of its plates.
+        coords
+            Labels of dimensions, for instance ``{"observation": names}``.
         seed
             Makes the draws reproducible.
 
@@ -338,10 +415,18 @@ class Posterior:
         z = self._draw(num_samples, observed, seed)
         with torch.no_grad():
             log_prob = self._log_prob(z, observed)
-        return export(self.space.constrain(z), log_prob, self._sites(x), self.about)
+        groups = {
+            "posterior": self.space.constrain(z),
+            "sample_stats": {"lp": log_prob},
+            "observed_data": self._sites(x),
+        }
+        batch = batch_dims(log_prob.dim() - 1)
+        return export_posterior(
+            groups, self.about, self.joint, batch_dims=batch, dims=dims, coords=coords
+        )
 
     def save(self, path: str | Path) -> None:
-        """Write the posterior to a file of tensors and JSON; see :meth:`Estimator.load`."""
+        """Write the posterior to a file of tensors and JSON; see :meth:`FlowMatching.load`."""
         tensor_file.write(path, FORMAT, self.density.state_dict(), self.about)
 
     def to(self, device: torch.device | str) -> Posterior:

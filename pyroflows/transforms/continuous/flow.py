@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,13 @@ class Regularization(NamedTuple):
         :math:`\int_0^1 \|v(t, x_t)\|^2 dt`.
     jacobian
         :math:`\int_0^1 \|\partial v / \partial x\|_F^2 dt`, an unbiased estimate.
+
+    Examples
+    --------
+    >>> flow = cnf(2)
+    >>> y, log_det, path = flow.forward_and_regularization(torch.randn(5, 2))
+    >>> path.kinetic.shape
+    torch.Size([5])
     """
 
     kinetic: Tensor
@@ -165,6 +173,46 @@ class ContinuousFlow(FlowTransform):
         x, log_det, *penalties = self._solve(self._check(y, context), context, BACKWARD, True)
         return x, log_det, Regularization(*(-penalty for penalty in penalties))
 
+    def trajectory(
+        self, x: Tensor, times: Sequence[float], context: Tensor | None = None
+    ) -> Tensor:
+        """Return where points are at given times on their way along the field.
+
+        Parameters
+        ----------
+        x
+            The points at the first time, shape ``(*batch, D)``.
+        times
+            ``T`` times between 0 and 1, ascending or descending: from 0 to 1 the path leads from
+            ``x`` to ``flow(x)``, from 1 to 0 from ``x`` to ``flow.inv(x)``. Each stretch between
+            two of them is a solve of its own, with as many steps as a whole one where the solver
+            has steps of fixed size.
+        context
+            Shape ``(*batch, context_dim)``, as for ``forward_and_log_det``.
+
+        Returns
+        -------
+        Tensor
+            Shape ``(T, *batch, D)``; the first is ``x``.
+
+        Raises
+        ------
+        ValueError
+            If there are no times, or they leave 0 to 1 or turn back.
+
+        Examples
+        --------
+        >>> cnf(2).trajectory(torch.randn(5, 2), times=[0.0, 0.5, 1.0]).shape
+        torch.Size([3, 5, 2])
+        """
+        times = [float(time) for time in times]
+        _check_times(times)
+        states = [self._check(x, context)]
+        for stretch in pairwise(times):
+            state, _ = self._solve(states[-1], context, stretch)
+            states.append(state)
+        return torch.stack(states)
+
     def _solve(
         self,
         x: Tensor,
@@ -208,6 +256,15 @@ class ContinuousFlow(FlowTransform):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, trace={self.trace!r}, solver={self.solver.method!r}"
+
+
+def _check_times(times: Sequence[float]) -> None:
+    steps = [after - before for before, after in pairwise(times)]
+    one_way = all(step > 0 for step in steps) or all(step < 0 for step in steps)
+    if not times or not all(0 <= time <= 1 for time in times) or not one_way:
+        raise ValueError(
+            f"times must ascend or descend between 0 and 1, and be one at least, got {times}"
+        )
 
 
 def _along_points(context: Tensor, batch_shape: torch.Size) -> Tensor:
