@@ -29,9 +29,15 @@ class NormalGuide:
     def get_posterior(self) -> "NormalGuide":
         return self
 
-    def rsample_and_log_prob(self, shape: tuple[int]) -> tuple[Tensor, Tensor]:
-        z = self.mean + self.sd * torch.randn(*shape, 1, generator=self.generator).double()
-        return z, self.log_prob(z)
+    @property
+    def base_dist(self) -> "NormalGuide":
+        return self
+
+    def rsample(self, shape: tuple[int]) -> Tensor:
+        return torch.randn(*shape, 1, generator=self.generator).double()
+
+    def transform(self, noise: Tensor) -> Tensor:
+        return self.mean + self.sd * noise
 
     def log_prob(self, z: Tensor) -> Tensor:
         return log_normal(z, self.mean, self.sd).squeeze(-1)
@@ -45,27 +51,31 @@ class NormalGuide:
         loss = estimate(self, num_draws)
         return torch.stack(torch.autograd.grad(loss, (self.mean, self.sd)))
 
+    def first_draws(self, num_draws: int) -> tuple[Tensor, Tensor]:
+        """Return the noise of the first draws and their log weights, nothing stretched."""
+        self.generator.manual_seed(0)
+        noise = self.rsample((num_draws,))
+        z = self.transform(noise).detach()
+        return noise.squeeze(-1), (self(z) - self.log_prob(z)).detach()
+
     def share(self, num_draws: int) -> float:
         """Return the share of the weights that counts, of the same draws."""
-        self.generator.manual_seed(0)
-        z, log_q = self.rsample_and_log_prob((num_draws,))
-        weights = (self(z) - log_q).detach().softmax(0)
+        weights = self.first_draws(num_draws)[1].softmax(0)
         return float(1 / (num_draws * weights.square().sum()))
 
 
 ESTIMATES = pytest.mark.parametrize("estimate", [both_along_path, both_at_draws])
 
 
-@ESTIMATES
 @pytest.mark.parametrize(("mean", "sd"), [(0.3, 1.0), (0.0, 0.9), (-0.2, 1.2)])
-def test_gradients_are_those_of_both_directions(estimate: Callable, mean: float, sd: float) -> None:
+def test_gradients_at_draws_are_those_of_both_directions(mean: float, sd: float) -> None:
     """Closed forms of KL(q, p) and KL(p, q) of normals.
 
     The terms of the means have deviations below 3, which makes errors of 0.005 for 400 000 draws;
     four times that is allowed.
     """
     guide = NormalGuide(mean, sd)
-    gradient, share = guide.gradient(estimate, 400_000), guide.share(400_000)
+    gradient, share = guide.gradient(both_at_draws, 400_000), guide.share(400_000)
     assert share > 0.6
     reverse = torch.tensor([mean, sd - 1 / sd])
     forward = torch.tensor([mean / sd**2, 1 / sd - (1 + mean**2) / sd**3])
@@ -73,18 +83,41 @@ def test_gradients_are_those_of_both_directions(estimate: Callable, mean: float,
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize(("mean", "sd"), [(0.3, 1.0), (0.0, 0.98), (-0.2, 1.2)])
+def test_gradients_along_paths_are_those_of_both_directions(mean: float, sd: float) -> None:
+    """The formula by quadrature over the noise, half of it with twice the deviation.
+
+    Deviations of the terms are below 6, which makes errors of 0.01 for 400 000 draws; three times
+    that is allowed. The weights of a guide much narrower would have no finite variance.
+    """
+    gradient = NormalGuide(mean, sd).gradient(both_along_path, 400_000)
+    noise = torch.linspace(-16, 16, 100_001, dtype=torch.float64)
+    mass = log_normal(noise, 0.0, 1.0).exp() / 2 + log_normal(noise, 0.0, 2.0).exp() / 2
+    mass = mass / mass.sum()
+    z = mean + sd * noise
+    weights = (log_normal(z, 0.0, 1.0) - log_normal(z, mean, sd)).exp()
+    importance = weights / (mass * weights).sum()
+    share = 1 / (mass * importance.square()).sum()
+    slope = z - noise / sd  # of log q - log p
+    along = mass * (1 + share * importance) * slope
+    expected = torch.stack([along.sum(), (along * noise).sum()])
+    assert expected.abs().max() > 0.15
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0.03)
+
+
 @ESTIMATES
 def test_there_is_no_noise_where_the_guide_is_exact(estimate: Callable) -> None:
     assert NormalGuide(0.0, 1.0).gradient(estimate, 10).abs().max() < 1e-14
 
 
-@ESTIMATES
-def test_the_value_is_the_negative_elbo(estimate: Callable) -> None:
+@pytest.mark.parametrize(
+    ("estimate", "num_stretched"), [(both_along_path, 500), (both_at_draws, 0)]
+)
+def test_the_value_is_the_negative_elbo(estimate: Callable, num_stretched: int) -> None:
     guide = NormalGuide(0.5, 0.3)
     value = estimate(guide, 1000).item()
-    guide.generator.manual_seed(0)
-    z, log_q = guide.rsample_and_log_prob((1000,))
-    assert value == pytest.approx((log_q - guide(z)).mean().item())
+    _, log_weights = guide.first_draws(1000)
+    assert value == pytest.approx(-log_weights[num_stretched:].mean().item())
 
 
 @ESTIMATES
@@ -93,12 +126,13 @@ def test_weights_that_rest_on_one_draw_hardly_count(estimate: Callable) -> None:
     guide = NormalGuide(60.0, 1.0)
     assert guide.share(100) < 0.011
     gradient = guide.gradient(estimate, 100)
-    guide.generator.manual_seed(0)
-    noise = guide.rsample_and_log_prob((100,))[0].detach() - 60
+    noise, _ = guide.first_draws(100)
+    if estimate is both_along_path:
+        noise[:50] *= 2
     # The slope of log q - log p at z is z - noise = 60. The other direction adds 1 % of 60 and of
-    # 60 times the noise of a draw, below 3.
+    # 60 times the noise of a draw, below 6.
     expected = torch.stack([torch.tensor(60.0).double(), 60 * noise.mean()])
-    torch.testing.assert_close(gradient, expected, rtol=0, atol=2.0)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=4.0)
 
 
 # Cooling

@@ -51,7 +51,8 @@ def fit(
 
     the first along the path of the draws [1], the second by their importance, :math:`\lambda` from
     0 to 1 as the weights are worth none to all of the draws. They have no variance where the guide
-    is exact, and the second keeps guides from being too narrow. The learning rate warms up, is held
+    is exact, and the second keeps guides from being too narrow; half of the draws reach into the
+    tails, on which the importance weights depend. The learning rate warms up, is held
     until the ELBO has converged, and decays. Steps that are not finite, or after which the ELBO has
     collapsed, are undone. Finally fresh draws from the guide are weighted against the model.
 

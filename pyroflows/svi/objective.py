@@ -17,6 +17,9 @@ from ..guides import AutoFlow
 from .density import ModelDensity
 from .training import clip_outliers
 
+# Draws of a guide hardly show it the tails, which decide how heavy its importance weights are.
+STRETCH = 2.0
+
 
 @dataclass(frozen=True)
 class Cooling:
@@ -56,7 +59,7 @@ def loss_function(
 def both_along_path(density: ModelDensity, num_draws: int, power: float = 1.0) -> Tensor:
     r"""Return the negative ELBO; its gradient sees both directions along the path of the draws.
 
-    For draws :math:`z_s` from the guide with weights :math:`w_s = p(z_s) / q_\theta(z_s)`, of
+    For draws :math:`z_s` of the guide with weights :math:`w_s = p(z_s) / q_\theta(z_s)`, of
     which :math:`\tilde w_s` are normalised, the gradient is
 
     .. math::
@@ -66,7 +69,9 @@ def both_along_path(density: ModelDensity, num_draws: int, power: float = 1.0) -
 
     The first term is the gradient of :math:`\mathrm{KL}(q_\theta \| p)` [1], which leaves guides
     too narrow; the second that of :math:`\mathrm{KL}(p \| q_\theta)` [2], which does not. It fades
-    out where the weights rest on few of the draws. There is no noise where the guide is exact.
+    out where the weights rest on few of the draws. In every other draw one entry of the noise,
+    whichever, is doubled, so that the tails are seen. Wherever the draws lie, there is no noise,
+    and no gradient, where the guide is exact. The value is that of the other half.
 
     Parameters
     ----------
@@ -85,7 +90,7 @@ def both_along_path(density: ModelDensity, num_draws: int, power: float = 1.0) -
     [2] G. Tucker, D. Lawson, S. Gu, C. J. Maddison. Doubly reparameterized gradient estimators for
         Monte Carlo objectives. `arXiv:1810.04152 <https://arxiv.org/abs/1810.04152>`_, 2018.
     """
-    draws = _draw(density, num_draws, power)
+    draws = _draw(density, num_draws, power, num_draws // 2)
     weights = 1 / num_draws + draws.share * draws.importance
     return _with_value((weights * draws.along_path).sum(), draws.negative_elbo)
 
@@ -100,7 +105,7 @@ def both_at_draws(density: ModelDensity, num_draws: int, power: float = 1.0) -> 
     at draws that do not move, less its mean under the guide. Paths do not lead from one mode to
     another, so that they leave the masses of modes as they are; this does not.
     """
-    draws = _draw(density, num_draws, power)
+    draws = _draw(density, num_draws, power, 0)
     at_draws = ((1 / num_draws - draws.importance) * draws.log_q).sum()
     return _with_value(draws.along_path.mean() + draws.share * at_draws, draws.negative_elbo)
 
@@ -119,9 +124,10 @@ class _Draws(NamedTuple):
     negative_elbo: Tensor
 
 
-def _draw(density: ModelDensity, num_draws: int, power: float) -> _Draws:
+def _draw(density: ModelDensity, num_draws: int, power: float, num_stretched: int) -> _Draws:
     posterior = _posterior(density)
-    z = clip_outliers(posterior.rsample_and_log_prob((num_draws,))[0])
+    noise = posterior.base_dist.rsample((num_draws,))
+    z = clip_outliers(posterior.transform(noise * _stretches(noise, num_stretched)))
     fixed = z.detach().requires_grad_()
     log_q = posterior.log_prob(fixed)
     (slope,) = torch.autograd.grad(log_q.sum(), fixed, retain_graph=True)
@@ -129,7 +135,16 @@ def _draw(density: ModelDensity, num_draws: int, power: float) -> _Draws:
     importance = (log_p - log_q).detach().softmax(0)
     share = 1 / (num_draws * importance.square().sum())
     along_path = (z * slope).sum(-1) - log_p
-    return _Draws(along_path, log_q, importance, share, (log_q - log_p).detach().mean())
+    negative_elbo = (log_q - log_p).detach()[num_stretched:].mean()
+    return _Draws(along_path, log_q, importance, share, negative_elbo)
+
+
+def _stretches(noise: Tensor, num_stretched: int) -> Tensor:
+    """Return factors of noise ``(S, D)``: in each of the first rows one that is not 1."""
+    factors = torch.ones_like(noise)
+    entries = torch.randint(noise.shape[-1], (num_stretched, 1), device=noise.device)
+    factors[:num_stretched].scatter_(-1, entries, STRETCH)
+    return factors
 
 
 def _with_value(loss: Tensor, value: Tensor) -> Tensor:
