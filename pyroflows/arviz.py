@@ -1,4 +1,4 @@
-"""Arrays of draws as an ArviZ object, under ArviZ 0.23 and ArviZ 1.
+"""Arrays of draws as ArviZ objects, under ArviZ 0.23 and ArviZ 1.
 
 This module needs no torch and nothing else of the package. Datasets are assembled with xarray, so
 that both majors get the same dimensions, coordinates and attributes, and only the container
@@ -15,6 +15,7 @@ import arviz as az
 import numpy as np
 import xarray as xr
 
+_MAJOR = int(az.__version__.split(".")[0])
 _PRIOR_GROUPS = frozenset(
     {"prior", "prior_predictive", "sample_stats_prior", "unconstrained_prior"}
 )
@@ -103,9 +104,92 @@ def build(
     encoded = {name: _encoded(name, value) for name, value in (attrs or {}).items()}
     if "posterior" in datasets:
         datasets["posterior"].attrs.update(encoded)
-    if int(az.__version__.split(".")[0]) == 0:
+    if _MAJOR == 0:
         return az.InferenceData(attrs=encoded, **datasets)
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=encoded), **datasets})
+
+
+def elpd_data(
+    elpd_i: np.ndarray,
+    khat: np.ndarray,
+    *,
+    p: float,
+    num_draws: int,
+    khat_limit: float,
+    dims: Sequence[str],
+    coords: Mapping[str, Sequence[Any]] | None = None,
+) -> Any:
+    """Gather a leave-one-out cross-validation of an approximate posterior in ArviZ's own object.
+
+    It is what ``arviz.loo(..., pointwise=True)`` returns, and what ``arviz.compare`` and
+    ``arviz.plot_khat`` take.
+
+    Parameters
+    ----------
+    elpd_i : array
+        Log predictive density of each observation given the others, in nats.
+    khat : array
+        Tail index of each observation's weights, of the same shape.
+    p : float
+        Effective number of parameters.
+    num_draws : int
+        Number of posterior draws.
+    khat_limit : float
+        The k-hat above which so many draws are too few.
+    dims : sequence of str
+        Names of the dimensions.
+    coords : mapping of str to sequence, optional
+        Labels by dimension. The default is 0, 1, 2, ...
+
+    Returns
+    -------
+    arviz.ELPDData
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> elpd_i, khat = np.array([-1.0, -2.0]), np.array([0.1, 0.2])
+    >>> data = elpd_data(elpd_i, khat, p=1.0, num_draws=1000, khat_limit=0.67, dims=["item"])
+    >>> data["pareto_k"].dims
+    ('item',)
+    """
+    elpd, standard_error = float(elpd_i.sum()), float(np.sqrt(elpd_i.size * np.var(elpd_i)))
+    warning = bool((khat > khat_limit).any())
+    labels = {
+        dim: np.asarray((coords or {}).get(dim, range(size)))
+        for dim, size in zip(dims, elpd_i.shape, strict=True)
+    }
+    pointwise, tails = (xr.DataArray(values, labels, dims) for values in (elpd_i, khat))
+    if _MAJOR == 0:
+        entries = {
+            "elpd_loo": elpd,
+            "se": standard_error,
+            "p_loo": p,
+            "n_samples": num_draws,
+            "n_data_points": elpd_i.size,
+            "warning": warning,
+            "loo_i": pointwise.rename("loo_i"),
+            "pareto_k": tails.rename("pareto_shape"),
+            "scale": "log",
+            "good_k": khat_limit,
+        }
+        return az.ELPDData(data=list(entries.values()), index=list(entries))
+    # Later releases of ArviZ 1 have a class of its own, earlier ones a kind of the common class.
+    kind = {} if hasattr(az, "ELPDDataLOO") else {"kind": "loo"}
+    return getattr(az, "ELPDDataLOO", az.ELPDData)(
+        **kind,
+        elpd=elpd,
+        se=standard_error,
+        p=p,
+        n_samples=num_draws,
+        n_data_points=elpd_i.size,
+        scale="log",
+        warning=warning,
+        good_k=khat_limit,
+        elpd_i=pointwise,
+        pareto_k=tails,
+        approx_posterior=True,
+    )
 
 
 def _sample_dims(group: str) -> tuple[str, ...]:

@@ -244,6 +244,110 @@ def test_loo_reads_it(built: Any) -> None:
     assert math.isfinite(result.elpd_loo if ARVIZ_MAJOR == 0 else result.elpd)
 
 
+# What ArviZ makes of it. ArviZ 1 draws without matplotlib too, nothing then.
+
+
+def plot(name: str, *arguments: Any, **options: Any) -> Any:
+    if ARVIZ_MAJOR > 0 and importlib.util.find_spec("matplotlib") is None:
+        options["backend"] = "none"
+    with warnings.catch_warnings():
+        # Of newer releases of pandas and matplotlib, which ArviZ 0.23 does not know.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        drawn = getattr(az, name)(*arguments, **options)
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
+    return drawn
+
+
+PLOTS = ["plot_forest", "plot_pair", *(["plot_dist"] if ARVIZ_MAJOR else ["plot_posterior"])]
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_plots_draw_posteriors(name: str, built: Any) -> None:
+    assert plot(name, built, var_names=["mu", "theta"]) is not None
+
+
+@pytest.mark.parametrize("group", ["posterior", "prior"])
+def test_predictive_checks_draw_it(group: str, built: Any) -> None:
+    options: dict[str, Any] = {"var_names": ["y"]}
+    if ARVIZ_MAJOR == 0:
+        assert plot("plot_ppc", built, group=group, num_pp_samples=5, **options) is not None
+    else:
+        group = f"{group}_predictive"
+        assert plot("plot_ppc_dist", built, group=group, num_samples=5, **options) is not None
+
+
+@pytest.fixture
+def left_out() -> dict[str, Any]:
+    """Return two cross-validations of the same three observations."""
+    rng = np.random.default_rng(1)
+    return {
+        name: layer.elpd_data(
+            rng.normal(level, 0.1, size=3),
+            np.array([0.1, 0.9, level / 10]),
+            p=1.5,
+            num_draws=100,
+            khat_limit=0.5,
+            dims=["school"],
+            coords=COORDS,
+        )
+        for name, level in (("worse", -3.0), ("better", -1.0))
+    }
+
+
+def test_cross_validations_are_arviz_own(left_out: dict[str, Any]) -> None:
+    one = left_out["better"]
+    assert isinstance(one, az.ELPDData)
+    pointwise = one["loo_i" if ARVIZ_MAJOR == 0 else "elpd_i"]
+    assert one["elpd_loo" if ARVIZ_MAJOR == 0 else "elpd"] == pytest.approx(pointwise.sum().item())
+    assert one["se"] == pytest.approx(math.sqrt(3) * pointwise.std().item())
+    assert pointwise["school"].values.tolist() == COORDS["school"]
+    np.testing.assert_array_equal(one["pareto_k"], [0.1, 0.9, -0.1])
+    assert one["warning"]
+    assert "100 posterior samples" in str(one)
+
+
+def test_compare_and_khat_plots_take_cross_validations(left_out: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pandas; and few observations
+        table = az.compare(left_out)
+    assert list(table.index) == ["better", "worse"]
+    assert plot("plot_khat", left_out["better"]) is not None
+
+
+def test_compare_takes_it(built: Any, groups: dict[str, dict[str, np.ndarray]]) -> None:
+    groups["log_likelihood"] = {"y": groups["log_likelihood"]["y"] - 5}
+    worse = layer.build(groups, dims=DIMS, coords=COORDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # these likelihoods are noise
+        table = az.compare({"worse": worse, "better": built}, var_name="y")
+    assert list(table.index) == ["better", "worse"]
+
+
+@pytest.mark.skipif(ARVIZ_MAJOR == 0, reason="ArviZ 0.23 takes no data there")
+def test_calibration_is_where_arviz_looks_for_it() -> None:
+    rng = np.random.default_rng(2)
+    transforms = {"sbc": rng.random((1, 100, 2)), "tarp": rng.random((1, 100))}
+    built = layer.build(
+        {"prior_sbc": transforms},
+        dims={"sbc": ["parameter"]},
+        coords={"parameter": ["theta[0]", "theta[1]"]},
+    )
+    assert plot("plot_ecdf_pit", built) is not None
+
+
+@pytest.mark.skipif(ARVIZ_MAJOR == 0, reason="ArviZ 0.23 leaves out by the draws as they are")
+def test_loo_of_approximations_reads_it(groups: dict[str, dict[str, np.ndarray]]) -> None:
+    rng = np.random.default_rng(3)
+    groups["sample_stats"] = {name: rng.normal(size=(2, 50)) for name in ("lp", "log_q")}
+    built = layer.build(groups, dims=DIMS, coords=COORDS)
+    stats = built["sample_stats"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # these likelihoods are noise
+        result = az.loo_approximate_posterior(built, stats["lp"], stats["log_q"], var_name="y")
+    assert math.isfinite(result.elpd)
+
+
 ZEROS = np.zeros((2, 5, 3))
 
 

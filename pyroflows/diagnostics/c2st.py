@@ -14,14 +14,14 @@ def c2st(a: Tensor, b: Tensor, seed: int = 1, num_folds: int = 5) -> float:
 
     A network with two hidden layers of :math:`10 D` rectified units is trained to tell rows of
     ``a`` from rows of ``b``, both z-scored by the means and standard deviations of ``a``; its
-    accuracy on held-out rows is averaged over the folds of a cross-validation [1]_. The result
+    accuracy on held-out rows is averaged over the folds of a cross-validation [1]. The result
     estimates
 
     .. math:: \tfrac12 + \tfrac12 \operatorname{TV}(p_a, p_b)
 
     from below, with the total variation distance :math:`\operatorname{TV}`: 1/2 if the
     distributions agree (within a standard error of about :math:`1 / \sqrt{8 N}`), 1 if they do not
-    overlap. Networks, optimiser and folds are those of the sbibm benchmark [2]_, so that scores
+    overlap. Networks, optimiser and folds are those of the sbibm benchmark [2], so that scores
     compare with published ones.
 
     Parameters
@@ -57,10 +57,10 @@ def c2st(a: Tensor, b: Tensor, seed: int = 1, num_folds: int = 5) -> float:
 
     References
     ----------
-    .. [1] Lopez-Paz, Oquab, "Revisiting classifier two-sample tests", ICLR 2017,
-       `arXiv:1610.06545 <https://arxiv.org/abs/1610.06545>`_.
-    .. [2] Lueckmann, Boelts, Greenberg, Gonçalves, Macke, "Benchmarking simulation-based
-       inference", AISTATS 2021, `arXiv:2101.04653 <https://arxiv.org/abs/2101.04653>`_.
+    [1] Lopez-Paz, Oquab, "Revisiting classifier two-sample tests", ICLR 2017,
+        `arXiv:1610.06545 <https://arxiv.org/abs/1610.06545>`_.
+    [2] Lueckmann, Boelts, Greenberg, Gonçalves, Macke, "Benchmarking simulation-based
+        inference", AISTATS 2021, `arXiv:2101.04653 <https://arxiv.org/abs/2101.04653>`_.
 
     Examples
     --------

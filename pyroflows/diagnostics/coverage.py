@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pyroflows.diagnostics.checks import check_tensor
 from pyroflows.diagnostics.ecdf import RankECDF, check_ranks, rank_ecdf, uniformity_p_values
+from pyroflows.diagnostics.export import to_arviz
 from pyroflows.diagnostics.sbc import ranks
 
 
@@ -25,6 +27,14 @@ class Coverage:
         Uniform on 0 to ``num_draws`` if the posterior is calibrated.
     num_draws : int
         Posterior draws in each replicate.
+
+    Examples
+    --------
+    >>> import torch
+    >>> Coverage(torch.arange(101), 100).passes()
+    True
+    >>> Coverage(torch.arange(101) // 2, 100).passes()  # regions are too large
+    False
     """
 
     ranks: Tensor
@@ -80,6 +90,13 @@ class Coverage:
         # The integral of a step at u over that range is 1 - max(u, 1/2); that of a is 3/8.
         return 5 / 8 - self.pit.clamp(min=0.5).mean().item()
 
+    def to_arviz(self) -> Any:
+        """Return ranks and their PIT values as ArviZ data.
+
+        See :func:`pyroflows.diagnostics.export.to_arviz`.
+        """
+        return to_arviz({"coverage": self})
+
     def __repr__(self) -> str:
         return (
             f"Coverage({len(self.ranks)} replicates x {self.num_draws} draws, "
@@ -91,7 +108,7 @@ def coverage(draw_log_probs: Tensor, truth_log_probs: Tensor, seed: int = 0) -> 
     r"""Compare the credibility of highest-density regions with the share of truths they hold.
 
     The highest-density region of credibility :math:`a` holds the draws of largest posterior
-    density. It should hold the true parameters of a share :math:`a` of simulated data sets [1]_:
+    density. It should hold the true parameters of a share :math:`a` of simulated data sets [1]:
     a curve above the diagonal tells a conservative posterior, one below it an overconfident one.
 
     Parameters
@@ -121,13 +138,13 @@ def coverage(draw_log_probs: Tensor, truth_log_probs: Tensor, seed: int = 0) -> 
     -----
     Regions depend on the parametrisation: log densities of constrained and unconstrained
     parameters give different, equally valid, tests. A posterior that ignores the data passes if
-    it equals the prior; :func:`~pyroflows.diagnostics.local_c2st.local_c2st` tells it apart.
+    it equals the prior; :func:`~pyroflows.diagnostics.local_c2st` tells it apart.
 
     References
     ----------
-    .. [1] Hermans, Delaunoy, Rozet, Wehenkel, Begy, Louppe, "A trust crisis in simulation-based
-       inference? Your posterior approximations can be unfaithful", Transactions on Machine
-       Learning Research, 2022, `arXiv:2110.06581 <https://arxiv.org/abs/2110.06581>`_.
+    [1] Hermans, Delaunoy, Rozet, Wehenkel, Begy, Louppe, "A trust crisis in simulation-based
+        inference? Your posterior approximations can be unfaithful", Transactions on Machine
+        Learning Research, 2022, `arXiv:2110.06581 <https://arxiv.org/abs/2110.06581>`_.
 
     Examples
     --------

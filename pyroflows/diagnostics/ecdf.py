@@ -25,11 +25,18 @@ class RankECDF(NamedTuple):
     ----------
     levels : Tensor, shape (K,)
         Levels between 0 and 1 at which the distributions are compared.
-    difference : Tensor, shape (K, *event)
+    difference : Tensor, shape ``(K, *event)``
         Share of ranks below each level, minus the level.
     lower, upper : Tensor, shape (K,)
         Bands: if ranks are uniform, a whole curve stays within them, limits included, with the
         stated confidence.
+
+    Examples
+    --------
+    >>> import torch
+    >>> ecdf = rank_ecdf(torch.arange(101), 100)
+    >>> bool(((ecdf.lower <= ecdf.difference) & (ecdf.difference <= ecdf.upper)).all())
+    True
     """
 
     levels: Tensor
@@ -44,17 +51,17 @@ def rank_ecdf(ranks: Tensor, num_draws: int, confidence: float = 0.95) -> RankEC
     At levels :math:`z_k = r_k / (L + 1)` with whole :math:`r_k`, the number of :math:`N` uniform
     ranks below :math:`r_k` is exactly binomial. The bands are binomial quantiles at
     :math:`\gamma / 2` and :math:`1 - \gamma / 2` around every level, with :math:`\gamma` adjusted
-    until a whole curve stays inside with the stated confidence [1]_.
+    until a whole curve stays inside with the stated confidence [1].
 
     That probability is computed, not simulated: the counts between levels are independent Poisson
     numbers given their sum, so that a recursion over the levels, each step a convolution, gives it
-    to machine precision [2]_. The counts being discrete, the true confidence is a little larger
+    to machine precision [2]. The counts being discrete, the true confidence is a little larger
     than the stated one.
 
     Parameters
     ----------
-    ranks : Tensor, shape (N, *event)
-        Integer ranks from 0 to ``num_draws``, see :func:`~pyroflows.diagnostics.sbc.ranks`.
+    ranks : Tensor, shape ``(N, *event)``
+        Integer ranks from 0 to ``num_draws``, see :func:`~pyroflows.diagnostics.ranks`.
     num_draws : int
         The number :math:`L` of draws that the ranks count, at least 1.
     confidence : float, default 0.95
@@ -77,12 +84,12 @@ def rank_ecdf(ranks: Tensor, num_draws: int, confidence: float = 0.95) -> RankEC
 
     References
     ----------
-    .. [1] Säilynoja, Bürkner, Vehtari, "Graphical test for discrete uniformity and its
-       applications in goodness of fit evaluation and multiple sample comparison", Statistics and
-       Computing 32, 2022, `arXiv:2103.10522 <https://arxiv.org/abs/2103.10522>`_.
-    .. [2] Moscovich, Nadler, "Fast calculation of boundary crossing probabilities for Poisson
-       processes", Statistics and Probability Letters 123, 2017,
-       `arXiv:1503.04363 <https://arxiv.org/abs/1503.04363>`_.
+    [1] Säilynoja, Bürkner, Vehtari, "Graphical test for discrete uniformity and its
+        applications in goodness of fit evaluation and multiple sample comparison", Statistics and
+        Computing 32, 2022, `arXiv:2103.10522 <https://arxiv.org/abs/2103.10522>`_.
+    [2] Moscovich, Nadler, "Fast calculation of boundary crossing probabilities for Poisson
+        processes", Statistics and Probability Letters 123, 2017,
+        `arXiv:1503.04363 <https://arxiv.org/abs/1503.04363>`_.
 
     Examples
     --------
@@ -117,14 +124,14 @@ def uniformity_p_values(ranks: Tensor, num_draws: int) -> Tensor:
 
     Parameters
     ----------
-    ranks : Tensor, shape (N, *event)
+    ranks : Tensor, shape ``(N, *event)``
         Integer ranks from 0 to ``num_draws``.
     num_draws : int
         The number of draws that the ranks count, at least 1.
 
     Returns
     -------
-    Tensor, shape (*event)
+    Tensor, shape ``(*event)``
         A p-value for each column; below about :math:`10^{-14}` it is known to be tiny only.
 
     Raises

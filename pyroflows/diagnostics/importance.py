@@ -13,8 +13,8 @@ def effective_sample_size(log_weights: Tensor) -> float:
     r"""Return the number of equally weighted draws that the weighted draws are worth.
 
     Kish's :math:`(\sum_s w_s)^2 / \sum_s w_s^2`: :math:`S` if all weights are equal, 1 if one
-    weight dominates [1]_. A heavy tail that the draws have not seen yet escapes it; see
-    :func:`~pyroflows.diagnostics.psis.psis`.
+    weight dominates [1]. A heavy tail that the draws have not seen yet escapes it; see
+    :func:`~pyroflows.diagnostics.psis`.
 
     Parameters
     ----------
@@ -31,11 +31,11 @@ def effective_sample_size(log_weights: Tensor) -> float:
     ------
     TypeError, ValueError
         If ``log_weights`` is not a vector that
-        :func:`~pyroflows.diagnostics.psis.psis` takes.
+        :func:`~pyroflows.diagnostics.psis` takes.
 
     References
     ----------
-    .. [1] Kish, "Survey Sampling", Wiley, 1965.
+    [1] Kish, "Survey Sampling", Wiley, 1965.
 
     Examples
     --------
@@ -57,7 +57,7 @@ def log_evidence(log_weights: Tensor) -> tuple[float, float]:
 
     The mean weight is unbiased; its logarithm lies too low by half the squared standard error on
     average, to first order. Both numbers mean something only if the weights have a finite
-    variance: :math:`\hat k < 1/2` in :func:`~pyroflows.diagnostics.psis.psis`.
+    variance: :math:`\hat k < 1/2` in :func:`~pyroflows.diagnostics.psis`.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def log_evidence(log_weights: Tensor) -> tuple[float, float]:
     ------
     TypeError, ValueError
         If ``log_weights`` is not a vector that
-        :func:`~pyroflows.diagnostics.psis.psis` takes, or holds a single draw.
+        :func:`~pyroflows.diagnostics.psis` takes, or holds a single draw.
 
     Examples
     --------

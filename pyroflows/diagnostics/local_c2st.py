@@ -32,6 +32,14 @@ class LocalC2ST(NamedTuple):
         The same for classifiers of exchanged labels: what chance gives.
     p_value : Tensor, shape (M,)
         Probability of such a statistic for an exact posterior, at least ``1 / (P + 1)``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> null = torch.linspace(0.0, 0.1, 99).unsqueeze(-1)
+    >>> test = LocalC2ST(torch.tensor([0.2]), null, torch.tensor([0.01]))
+    >>> bool((test.statistic > test.null).all())  # larger than chance ever gave
+    True
     """
 
     statistic: Tensor
@@ -56,7 +64,7 @@ def local_c2st(
 
     .. math:: \operatorname{E}_{q(\theta \mid x_o)} \bigl(d(\theta, x_o) - \tfrac12\bigr)^2 .
 
-    No draws from the true posterior at :math:`x_o` are needed [1]_. Its distribution under an
+    No draws from the true posterior at :math:`x_o` are needed [1]. Its distribution under an
     exact posterior is found by exchanging true and drawn parameters within random pairs, which
     changes nothing if the posterior is exact, and training again: the p-value is exact for any
     number of simulations.
@@ -101,9 +109,9 @@ def local_c2st(
 
     References
     ----------
-    .. [1] Linhart, Gramfort, Rodrigues, "L-C2ST: Local diagnostics for posterior approximations in
-       simulation-based inference", NeurIPS 2023,
-       `arXiv:2306.03580 <https://arxiv.org/abs/2306.03580>`_.
+    [1] Linhart, Gramfort, Rodrigues, "L-C2ST: Local diagnostics for posterior approximations in
+        simulation-based inference", NeurIPS 2023,
+        `arXiv:2306.03580 <https://arxiv.org/abs/2306.03580>`_.
 
     Examples
     --------

@@ -21,8 +21,8 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
     is fitted to the excesses of the :math:`M = \lceil\min(S / 5,\, 3\sqrt{S})\rceil` largest of
     :math:`S` weights over the next largest one, :math:`u`. Those weights are replaced by the
     expected order statistics :math:`u + F^{-1}((i - 1/2) / M)` of the fit, none larger than the
-    largest raw weight, and all weights are normalised [1]_. The fit is the empirical Bayes
-    estimate of Zhang and Stephens [2]_, with a weak prior that draws :math:`\hat k` towards 1/2
+    largest raw weight, and all weights are normalised [1]. The fit is the empirical Bayes
+    estimate of Zhang and Stephens [2], with a weak prior that draws :math:`\hat k` towards 1/2
     like ten further observations.
 
     Weights have finite moments of every order below :math:`1 / \hat k`. Estimates are good for
@@ -67,10 +67,10 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
 
     References
     ----------
-    .. [1] Vehtari, Simpson, Gelman, Yao, Gabry, "Pareto smoothed importance sampling", Journal of
-       Machine Learning Research 25(72), 2024, arXiv:1507.02646.
-    .. [2] Zhang, Stephens, "A new and efficient estimation method for the generalized Pareto
-       distribution", Technometrics 51(3), 2009, doi:10.1198/tech.2009.08017.
+    [1] Vehtari, Simpson, Gelman, Yao, Gabry, "Pareto smoothed importance sampling", Journal of
+        Machine Learning Research 25(72), 2024, arXiv:1507.02646.
+    [2] Zhang, Stephens, "A new and efficient estimation method for the generalized Pareto
+        distribution", Technometrics 51(3), 2009, doi:10.1198/tech.2009.08017.
 
     Examples
     --------

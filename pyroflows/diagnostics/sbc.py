@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
+import pandas as pd
 import torch
 from scipy.special import chdtrc
 from torch import Tensor
@@ -21,6 +22,7 @@ from pyroflows.diagnostics.ecdf import (
     uniformity_p_values,
 )
 from pyroflows.diagnostics.entries import entry_names
+from pyroflows.diagnostics.export import to_arviz
 
 _MINIMUM_PER_BIN = 5
 
@@ -34,16 +36,16 @@ def ranks(draws: Tensor, truth: Tensor, seed: int = 0) -> Tensor:
 
     Parameters
     ----------
-    draws : Tensor, shape (L, N, *event)
+    draws : Tensor, shape ``(L, N, *event)``
         ``L`` posterior draws for each of ``N`` data sets.
-    truth : Tensor, shape (N, *event)
+    truth : Tensor, shape ``(N, *event)``
         The parameters that the data sets were simulated from.
     seed : int, default 0
         Seed for the order of ties.
 
     Returns
     -------
-    Tensor, shape (N, *event)
+    Tensor, shape ``(N, *event)``
         Integers from 0 to L, on the CPU.
 
     Raises
@@ -88,6 +90,15 @@ class SBC:
         Posterior draws in each replicate.
     names : tuple of str
         Names of the D parameters.
+
+    Examples
+    --------
+    >>> import torch
+    >>> even = torch.arange(101).unsqueeze(-1)
+    >>> SBC(even, 100, ("rate",)).passes()
+    True
+    >>> SBC(even // 2, 100, ("rate",)).passes()  # the truth is always in the lower half
+    False
     """
 
     ranks: Tensor
@@ -166,9 +177,33 @@ class SBC:
     def ecdf(self, confidence: float = 0.95) -> RankECDF:
         """Return ECDFs of the ranks minus the uniform one, with simultaneous bands.
 
-        See :func:`~pyroflows.diagnostics.ecdf.rank_ecdf`.
+        See :func:`~pyroflows.diagnostics.rank_ecdf`.
         """
         return rank_ecdf(self.ranks, self.num_draws, confidence)
+
+    def summary(self) -> pd.DataFrame:
+        """Tabulate each parameter.
+
+        Returns
+        -------
+        pandas.DataFrame
+            ``mean_pit`` and ``sd_pit``, mean and standard deviation of the share of draws below the
+            truth, 0.5 and 0.29 if calibrated; the p-values of the two tests.
+        """
+        columns = {
+            "mean_pit": self.pit.mean(0),
+            "sd_pit": self.pit.std(0),
+            "p_value": self.p_values,
+            "chi_square_p_value": self.chi_square_p_values,
+        }
+        return pd.DataFrame({n: c.numpy() for n, c in columns.items()}, index=list(self.names))
+
+    def to_arviz(self) -> Any:
+        """Return ranks and their PIT values as ArviZ data.
+
+        See :func:`pyroflows.diagnostics.export.to_arviz`.
+        """
+        return to_arviz({"sbc": self}, self.names)
 
     def __repr__(self) -> str:
         p_values = ", ".join(f"{name}: {p:.2g}" for name, p in zip(self.names, self.p_values))
@@ -197,7 +232,7 @@ def sbc(
     r"""Check the calibration of an amortized posterior on simulations.
 
     Ranks the true parameters among posterior draws for each simulated data set; they are uniform
-    if the posterior is exact [1]_ [2]_. A posterior that is too narrow gives ranks near 0 and L,
+    if the posterior is exact [1, 2]. A posterior that is too narrow gives ranks near 0 and L,
     one that is too wide ranks near :math:`L / 2`, a biased one ranks at one end. Uniform ranks of
     single parameters do not prove a posterior: the prior has them too.
 
@@ -233,12 +268,12 @@ def sbc(
 
     References
     ----------
-    .. [1] Cook, Gelman, Rubin, "Validation of software for Bayesian models using posterior
-       quantiles", Journal of Computational and Graphical Statistics 15(3), 2006,
-       doi:10.1198/106186006X136976.
-    .. [2] Talts, Betancourt, Simpson, Vehtari, Gelman, "Validating Bayesian inference algorithms
-       with simulation-based calibration", 2018,
-       `arXiv:1804.06788 <https://arxiv.org/abs/1804.06788>`_.
+    [1] Cook, Gelman, Rubin, "Validation of software for Bayesian models using posterior
+        quantiles", Journal of Computational and Graphical Statistics 15(3), 2006,
+        doi:10.1198/106186006X136976.
+    [2] Talts, Betancourt, Simpson, Vehtari, Gelman, "Validating Bayesian inference algorithms
+        with simulation-based calibration", 2018,
+        `arXiv:1804.06788 <https://arxiv.org/abs/1804.06788>`_.
 
     Examples
     --------

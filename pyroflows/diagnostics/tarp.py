@@ -15,7 +15,7 @@ def tarp(draws: Tensor, truth: Tensor, references: Tensor | None = None, seed: i
 
     For each data set, the ball around a reference point that reaches the true parameters holds a
     share of the posterior draws. That share is uniform if the posterior is exact, jointly for all
-    parameters and without a density [1]_. A posterior that is too narrow gives a curve above the
+    parameters and without a density [1]. A posterior that is too narrow gives a curve above the
     diagonal at low credibility and below it at high credibility (``atc < 0``), one that is too
     wide the reverse.
 
@@ -48,14 +48,14 @@ def tarp(draws: Tensor, truth: Tensor, references: Tensor | None = None, seed: i
 
     Notes
     -----
-    The p-value is that of the simultaneous bands of :func:`~pyroflows.diagnostics.ecdf.rank_ecdf`,
+    The p-value is that of the simultaneous bands of :func:`~pyroflows.diagnostics.rank_ecdf`,
     which does what a Kolmogorov-Smirnov test does. Costs :math:`O(L N D)`.
 
     References
     ----------
-    .. [1] Lemos, Coogan, Hezaveh, Perreault-Levasseur, "Sampling-based accuracy testing of
-       posterior estimators for general inference", ICML 2023,
-       `arXiv:2302.03026 <https://arxiv.org/abs/2302.03026>`_.
+    [1] Lemos, Coogan, Hezaveh, Perreault-Levasseur, "Sampling-based accuracy testing of
+        posterior estimators for general inference", ICML 2023,
+        `arXiv:2302.03026 <https://arxiv.org/abs/2302.03026>`_.
 
     Examples
     --------

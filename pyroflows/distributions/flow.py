@@ -147,6 +147,13 @@ class Flow(LearnedDensity, dist.TransformedDistribution):
         return flow if batch_shape == flow.batch_shape else flow.expand(batch_shape)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Flow:
+        """Return the same distribution with a larger batch shape; parameters stay shared.
+
+        Raises
+        ------
+        ValueError
+            If the batch shape does not expand to the new one.
+        """
         batch_shape = torch.Size(batch_shape)
         shape = batch_shape + self.event_shape
         if self.transform.forward_shape(shape) != shape:

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .export import density_to_arviz
 from .maximum_likelihood import (
     DensityFit,
     Penalty,
+    Rows,
     Settings,
     check_rows,
     maximize_likelihood,
@@ -32,6 +34,16 @@ class LearnedDensity:
     ----------
     module
         All that is learned.
+
+    Examples
+    --------
+    >>> import pyroflows as pf
+    >>> flow, other = (pf.Flow(None, pf.flow("realnvp", 2, num_layers=2)) for _ in range(2))
+    >>> fit = flow.fit(torch.randn(500, 2), num_steps=20, progress=False)
+    >>> other.eval().load_state_dict(flow.state_dict())
+    <All keys matched successfully>
+    >>> bool(other.log_prob(torch.zeros(2)) == flow.log_prob(torch.zeros(2)))
+    True
     """
 
     module: nn.Module
@@ -46,6 +58,12 @@ class LearnedDensity:
     def score(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the log-density of values, each given its context, without checks or memory."""
         raise NotImplementedError
+
+    def rows(
+        self, data: Tensor | np.ndarray, context: Tensor | np.ndarray | None, like: Tensor
+    ) -> Rows:
+        """Return data and their contexts to learn from, checked, on the device of ``like``."""
+        return check_rows(data, context, self.event_shape, self.context_dim, like)
 
     def prepare(self, data: Tensor, context: Tensor | None, standardize: bool) -> None:
         """Take units from rows of data, once, and initial weights for layers that wait for data."""
@@ -189,7 +207,7 @@ class LearnedDensity:
         like = next((p for p in self.parameters() if p.requires_grad), None)
         if like is None:
             raise ValueError("the density has no parameters to learn")
-        rows = check_rows(data, context, self.event_shape, self.context_dim, like)
+        rows = self.rows(data, context, like)
         training, validation = split(rows, validation_fraction, seed)
         with torch.random.fork_rng(), torch.enable_grad():
             return maximize_likelihood(
@@ -202,6 +220,15 @@ class LearnedDensity:
                 checkpoint,
                 lambda: self.prepare(training.data, training.context, standardize),
             )
+
+    def to_arviz(
+        self, data: Tensor | np.ndarray, context: Tensor | np.ndarray | None = None, **options: Any
+    ) -> Any:
+        """Return data, and data sets drawn from the density, as ArviZ data.
+
+        See :func:`pyroflows.distributions.export.density_to_arviz` for the options.
+        """
+        return density_to_arviz(self, data, context, **options)  # type: ignore[arg-type]
 
     def bits_per_dim(
         self, data: Tensor, num_levels: int = 256, context: Tensor | None = None

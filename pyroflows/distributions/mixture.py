@@ -82,6 +82,7 @@ class FlowMixture(LearnedDensity, dist.TorchDistribution):
         return FlowMixture(flows, self.logits, self._validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowMixture:
+        """Return the same mixture with a larger batch shape; parameters stay shared."""
         flows = [flow.expand(batch_shape) for flow in self.flows]
         return FlowMixture(flows, self.logits, self._validate_args)
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..diagnostics import SBC, ranks, symmetry_p_values
 from ..diagnostics.entries import entry_names
+from ..diagnostics.export import to_arviz
 from .checks import at_least
 from .density import ModelDensity, is_deterministic
 from .fit import fit
@@ -42,6 +43,14 @@ class VariationalCalibration:
         Tail index of the weights of each replication, shape ``(N,)``.
     failures
         What became of the replications without a fit, by their number.
+
+    Examples
+    --------
+    >>> even = torch.arange(101).unsqueeze(-1)
+    >>> exact, biased = SBC(even, 100, ("mean",)), SBC(even // 2, 100, ("mean",))
+    >>> check = VariationalCalibration(guide=biased, resampled=exact, khat=torch.full((101,), 0.6))
+    >>> check.is_unbiased()
+    False
     """
 
     guide: SBC
@@ -68,6 +77,10 @@ class VariationalCalibration:
         at most (Bonferroni). The same for resampled draws is ``resampled.passes(alpha)``.
         """
         return self.is_unbiased(alpha / 3) and self.guide.passes(alpha * 2 / 3)
+
+    def to_arviz(self) -> Any:
+        """Return ranks and their PIT values as ArviZ data, replications as draws."""
+        return to_arviz({"guide": self.guide, "resampled": self.resampled}, self.guide.names)
 
     def summary(self) -> pd.DataFrame:
         """Tabulate each latent number.
@@ -207,6 +220,7 @@ def calibration(
             for number in bar:
                 try:
                     runs.add(*_replicate(density, build_guide, seed + number, options))
+                    bar.set_postfix(khat=f"{runs.khat[-1]:.2f}")
                 except FAILURES as error:
                     runs.failures[number] = f"{type(error).__name__}: {error}"
                 except KeyboardInterrupt:

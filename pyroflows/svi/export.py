@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro
@@ -20,16 +21,82 @@ from .density import (
     per_particle,
     site_shape,
 )
+from .weighting import without_nan
+
+if TYPE_CHECKING:
+    from .posterior import VariationalPosterior
 
 Groups = dict[str, dict[str, np.ndarray]]
+
+
+@torch.no_grad()
+def weighted_groups(
+    result: VariationalPosterior,
+    resample: bool = False,
+    num_prior_draws: int = 1000,
+    seed: int = 0,
+) -> Groups:
+    """Gather the draws of a guide, their weights, and what the model says about them."""
+    draws = result.draws
+    stats = {
+        "lp": result.log_p,
+        "log_q": result.log_q,
+        "log_weight": result.log_weights,
+        "log_weight_psis": result.log_weights_psis,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if resample:
+            weights = result.log_weights_psis.exp()
+            index = torch.multinomial(weights, len(draws), replacement=True)
+            draws, stats = draws[index], {name: stats[name][index] for name in ("lp", "log_q")}
+            stats["log_weight"] = torch.zeros_like(weights)
+            stats["log_weight_psis"] = torch.full_like(weights, -math.log(len(weights)))
+        groups = model_groups(result.density, draws, num_prior_draws)
+    return {**groups, "sample_stats": as_chain(stats)}
 
 
 def model_groups(density: ModelDensity, z: Tensor, num_prior_draws: int) -> Groups:
     """Gather what a model says about posterior draws ``(S, D)``, about its prior and its data."""
     groups = {**_posterior_groups(density, z), **_prior_groups(density, num_prior_draws)}
     groups["observed_data"] = _observed_data(density)
-    groups["constant_data"] = _constant_data(density, groups["observed_data"])
+    call = density.model, density.args, density.kwargs
+    groups["constant_data"] = constant_data(*call, groups["observed_data"])
     return groups
+
+
+@torch.no_grad()
+def pointwise_log_likelihood(
+    density: ModelDensity, z: Tensor, site: str | None
+) -> tuple[Tensor, list[str]]:
+    """Return the log-density of each observation at draws ``(S, D)``, and names of its dimensions.
+
+    Parameters
+    ----------
+    density, z
+        The model and the draws.
+    site
+        The observed site; ``None``: the only one.
+
+    Raises
+    ------
+    ValueError
+        If there is no such site, or it does not hold observations that are independent.
+    """
+    names = list(density.data_sites)
+    name = names[0] if site is None and len(names) == 1 else site
+    if name not in names:
+        raise ValueError(f"site must be one of the model's observed sites {names}, got {site!r}")
+    if density.has_enumeration:
+        raise ValueError("the model sums discrete sites out, which makes observations dependent")
+    if (torch.as_tensor(density.prototype.nodes[name]["scale"]) != 1).any():
+        raise ValueError(f"the likelihood of site {name!r} is scaled, or its plate is subsampled")
+    values = _collect(density, z, "log_prob", lambda node: node["name"] == name)[name]
+    if values.dim() == 1:
+        raise ValueError(
+            f"site {name!r} is one observation: data that are independent belong in a pyro.plate"
+        )
+    return without_nan(values), plate_dims(density.prototype.nodes)[name][: values.dim() - 1]
 
 
 def assemble(
@@ -42,7 +109,8 @@ def assemble(
     """Build the ArviZ object, dimensions named after the model's plates unless ``dims`` does."""
     from ..arviz import build  # imported late: importing arviz takes seconds
 
-    return build(groups, dims={**_plate_dims(density), **(dims or {})}, coords=coords, attrs=attrs)
+    names = {**plate_dims(density.prototype.nodes), **(dims or {})}
+    return build(groups, dims=names, coords=coords, attrs=attrs)
 
 
 def as_chain(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -51,20 +119,24 @@ def as_chain(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def _posterior_groups(density: ModelDensity, z: Tensor) -> Groups:
-    without_data = density.without_data()
-    chunks = z.split(CHUNK)
-
     def collect(key: str, select: Callable, model: Callable | None = None) -> dict[str, np.ndarray]:
-        parts = [density.collect(chunk, key, select, model) for chunk in chunks]
-        return as_chain({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        return as_chain(_collect(density, z, key, select, model))
 
     return {
         "posterior": as_chain({**density.constrain(z), **density.deterministic(z)}),
         "unconstrained_posterior": as_chain(_unconstrained(density, z)),
         "log_likelihood": {} if density.has_enumeration else collect("log_prob", density.is_data),
         "log_prior": collect("log_prob", lambda site: site["name"] in density.sites),
-        "posterior_predictive": collect("value", density.is_data, without_data),
+        "posterior_predictive": collect("value", density.is_data, density.without_data()),
     }
+
+
+def _collect(
+    density: ModelDensity, z: Tensor, key: str, select: Callable, model: Callable | None = None
+) -> dict[str, Tensor]:
+    """Collect an entry of the selected sites at vectors ``(S, D)``, some at a time."""
+    parts = [density.collect(chunk, key, select, model) for chunk in z.split(CHUNK)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _prior_groups(density: ModelDensity, num_draws: int) -> Groups:
@@ -112,12 +184,15 @@ def _observed_data(density: ModelDensity) -> dict[str, np.ndarray]:
     }
 
 
-def _constant_data(
-    density: ModelDensity, observed: Mapping[str, np.ndarray]
+def constant_data(
+    model: Callable,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    observed: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """Return the array arguments of the model that are not its data."""
+    """Return the array arguments of a model that are not its data."""
     try:
-        arguments = inspect.signature(density.model).bind(*density.args, **density.kwargs).arguments
+        arguments = inspect.signature(model).bind(*args, **kwargs).arguments
     except (TypeError, ValueError):  # a callable without a signature
         return {}
     arrays = {
@@ -140,10 +215,10 @@ def _repeats(value: np.ndarray, data: np.ndarray) -> bool:
         return False
 
 
-def _plate_dims(density: ModelDensity) -> dict[str, list[str]]:
-    """Name the dimensions of each site: those of plates after the plate."""
+def plate_dims(sites: Mapping[str, dict]) -> dict[str, list[str]]:
+    """Name the dimensions of each site of a trace: those of plates after the plate."""
     dims = {}
-    for name, site in density.prototype.nodes.items():
+    for name, site in sites.items():
         if site["type"] != "sample":
             continue
         plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}

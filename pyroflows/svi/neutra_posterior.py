@@ -13,6 +13,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from ..diagnostics.frames import frame
 from .density import CHUNK
 from .export import Groups, assemble, model_groups
 from .posterior import VariationalPosterior
@@ -42,6 +43,16 @@ class NeuTraPosterior:
         What is known of each draw, tensors ``(chains, samples)``: ``lp``, the log joint density in
         unconstrained space; ``log_det``, that of the guide's map; ``diverging``; ``n_steps`` of
         the trajectory; ``step_size``.
+
+    Examples
+    --------
+    >>> import pyro, pyro.distributions as dist, pyroflows as pf
+    >>> def model():
+    ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+    >>> result = pf.fit(model, pf.AutoRealNVP(model, num_layers=2), num_steps=10, progress=False)
+    >>> chains = pf.neutra(result, num_samples=50, warmup_steps=50, progress=False)
+    >>> chains.shape, sorted(chains.diagnostics)
+    (torch.Size([1, 50]), ['divergences', 'ess_bulk', 'ess_tail', 'rhat'])
     """
 
     def __init__(
@@ -164,6 +175,10 @@ class NeuTraPosterior:
         table[list(diagnosed.columns)] = diagnosed.to_numpy()
         table.attrs.update(self.diagnostics, verdict=self.verdict)
         return table
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the draws as a table, a row each, by chain and draw."""
+        return frame(self.draws, ("chain", "draw"))
 
     def to_arviz(
         self,

@@ -13,8 +13,10 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
 from ..diagnostics import effective_sample_size, log_evidence, psis
+from ..diagnostics.frames import frame
+from ..diagnostics.loo import LOO, loo
 from .density import ModelDensity
-from .export import Groups, as_chain, assemble, model_groups
+from .export import assemble, pointwise_log_likelihood, weighted_groups
 from .storage import read, write
 from .summary import describe
 from .weighting import draw, weighted_draws, without_nan
@@ -53,6 +55,18 @@ class VariationalPosterior:
         Effective number of the weighted draws.
     log_evidence, log_evidence_standard_error
         Estimate of the log evidence by importance sampling, in nats.
+
+    Examples
+    --------
+    >>> import pyro, pyro.distributions as dist, pyroflows as pf
+    >>> def model(data):
+    ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+    ...     with pyro.plate("item", len(data)):
+    ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=data)
+    >>> guide = pf.AutoRealNVP(model, num_layers=2)
+    >>> result = pf.fit(model, guide, (torch.ones(3),), num_steps=10, progress=False)
+    >>> result.is_reliable, result.sample(5)["mean"].shape
+    (True, torch.Size([5]))
     """
 
     def __init__(
@@ -201,6 +215,31 @@ class VariationalPosterior:
         table.attrs.update(self.scalars(), verdict=self.verdict)
         return table
 
+    def to_frame(self) -> pd.DataFrame:
+        """Return the guide's draws as a table, a row each, with their smoothed log-weights."""
+        values = self.site_values(self.draws)
+        return frame({**values, "log_weight_psis": self.log_weights_psis})
+
+    def loo(self, site: str | None = None) -> LOO:
+        """Estimate how well each observation is predicted by all others, without further fits.
+
+        The weights that leave an observation out also correct the guide, see
+        :func:`pyroflows.diagnostics.loo`, which ``arviz.loo`` of plain draws does not do. Give
+        ``result.loo().to_arviz()`` to ``arviz.compare``.
+
+        Parameters
+        ----------
+        site
+            The observed site. Default: the only one.
+
+        Raises
+        ------
+        ValueError
+            If there is no such site, or its observations are not independent or scaled.
+        """
+        values, dims = pointwise_log_likelihood(self.density, self.draws, site)
+        return loo(values, without_nan(self.log_weights), dims)
+
     def scalars(self) -> dict[str, float]:
         """Return the numbers of the verdict."""
         return {
@@ -283,33 +322,8 @@ class VariationalPosterior:
         >>> result.to_arviz()["log_likelihood"]["x"].dims
         ('chain', 'draw', 'item')
         """
-        groups = self.groups(resample=resample, num_prior_draws=num_prior_draws, seed=seed)
+        groups = weighted_groups(self, resample, num_prior_draws, seed)
         return assemble(self.density, groups, self.attributes(), dims, coords)
-
-    @torch.no_grad()
-    def groups(
-        self, *, resample: bool = False, num_prior_draws: int = 1000, seed: int = 0
-    ) -> Groups:
-        """Return the arrays of :meth:`to_arviz`, by group and name."""
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            draws, stats = self.draws, self._statistics()
-            if resample:
-                weights = stats["log_weight_psis"].exp()
-                index = torch.multinomial(weights, len(draws), replacement=True)
-                draws, stats = draws[index], {name: stats[name][index] for name in ("lp", "log_q")}
-                stats["log_weight"] = torch.zeros_like(weights)
-                stats["log_weight_psis"] = torch.full_like(weights, -math.log(len(weights)))
-            groups = model_groups(self.density, draws, num_prior_draws)
-        return {**groups, "sample_stats": as_chain(stats)}
-
-    def _statistics(self) -> dict[str, Tensor]:
-        return {
-            "lp": self.log_p,
-            "log_q": self.log_q,
-            "log_weight": self.log_weights,
-            "log_weight_psis": self.log_weights_psis,
-        }
 
     def attributes(self) -> dict[str, Any]:
         """Return the verdict, and how it came about, as the attributes of an ArviZ object."""
@@ -384,16 +398,16 @@ def load(path: str | Path, model: Callable) -> VariationalPosterior:
     return result
 
 
-def to_arviz(result: VariationalPosterior, **options: Any) -> Any:
-    """Convert a result to ArviZ; see :meth:`VariationalPosterior.to_arviz` for the options.
+def to_arviz(result: Any, **options: Any) -> Any:
+    """Convert a result to ArviZ, as its own method ``to_arviz`` does, with the same options.
 
     Examples
     --------
-    >>> import pyro, pyro.distributions as dist, pyroflows as pf
-    >>> def model():
-    ...     pyro.sample("x", dist.Normal(0.0, 1.0))
-    >>> result = pf.fit(model, pf.AutoRealNVP(model, num_layers=2), num_steps=10, progress=False)
-    >>> to_arviz(result)["posterior"]["x"].shape
-    (1, 10000)
+    >>> import pyroflows as pf
+    >>> simulations = pf.sbi.Simulations({"theta": torch.zeros(5)}, {"x": torch.zeros(5, 3)})
+    >>> to_arviz(simulations)["prior_predictive"]["x"].shape
+    (1, 5, 3)
     """
+    if not hasattr(result, "to_arviz"):
+        raise TypeError(f"result must be what pyroflows returns, got {type(result).__name__}")
     return result.to_arviz(**options)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .checks import at_least
 from .density import ModelDensity
-from .export import Groups, assemble
+from .export import Groups, assemble, weighted_groups
 from .fit import fit
 from .posterior import VariationalPosterior
 from .summary import describe
@@ -103,6 +103,7 @@ def fit_restarts(
             for job, future in zip(jobs, futures, strict=True):
                 try:
                     results.append(_result(job, future))
+                    bar.set_postfix(ELBO=", ".join(f"{result.elbo:.3f}" for result in results))
                 except (ValueError, RuntimeError, FloatingPointError) as error:
                     failure = error
                     warnings.warn(
@@ -133,6 +134,20 @@ class Restarts:
         The fits.
     best
         The one with the highest ELBO.
+
+    Examples
+    --------
+    >>> import pyro, pyro.distributions as dist, pyroflows as pf
+    >>> def model(data):
+    ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+    ...     with pyro.plate("item", len(data)):
+    ...         pyro.sample("x", dist.Normal(mean, 1.0), obs=data)
+    >>> def build_guide(model):
+    ...     return pf.AutoRealNVP(model, num_layers=2)
+    >>> options = {"num_restarts": 2, "num_steps": 10, "progress": False}
+    >>> restarts = pf.fit_restarts(model, build_guide, (torch.ones(3),), **options)
+    >>> restarts.agree, restarts.best in restarts.results
+    (True, True)
     """
 
     def __init__(self, results: Sequence[VariationalPosterior]) -> None:
@@ -172,6 +187,11 @@ class Restarts:
         table.index.name = "restart"
         return table.sort_values("elbo", ascending=False)
 
+    def to_frame(self) -> pd.DataFrame:
+        """Return the draws of all fits as a table, a row each, numbered within each fit."""
+        tables = {i: result.to_frame() for i, result in enumerate(self.results)}
+        return pd.concat(tables, names=["restart"])
+
     def to_arviz(self, **options: Any) -> Any:
         """Convert to ArviZ: each fit is a chain, so that its R-hat compares fits.
 
@@ -186,7 +206,7 @@ class Restarts:
             The former with ArviZ 0.x, the latter with ArviZ 1.x.
         """
         names = {key: options.pop(key, None) for key in ("dims", "coords")}
-        groups = _stack([result.groups(**options) for result in self.results])
+        groups = _stack([weighted_groups(result, **options) for result in self.results])
         attrs = {**self.best.attributes(), "max_rhat": float(self.rhat.max())}
         return assemble(self.best.density, groups, attrs, **names)
 

@@ -12,7 +12,17 @@ _TRACED_ITERATIONS = 40  # where nothing can be tested: bisection alone would ga
 
 
 class ConvergenceError(RuntimeError):
-    """Say that an iterative solve has not reached its tolerance; no result is returned."""
+    """Say that an iterative solve has not reached its tolerance; no result is returned.
+
+    Examples
+    --------
+    >>> from pyroflows.transforms import planar
+    >>> try:
+    ...     x = planar(2).inv(torch.tensor([float("inf"), 0.0]))
+    ... except ConvergenceError:
+    ...     print("no result")
+    no result
+    """
 
 
 @torch.no_grad()

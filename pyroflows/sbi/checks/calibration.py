@@ -9,9 +9,11 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ...diagnostics import SBC, Coverage, coverage, tarp
 from ...diagnostics.entries import entry_names
+from ...diagnostics.export import to_arviz
 from ..model.simulations import Simulations
 
 
@@ -27,6 +29,14 @@ class Calibration:
         How often regions around random points hold the truth.
     coverage
         How often regions of highest density hold the truth; ``None`` if not asked for.
+
+    Examples
+    --------
+    >>> even = torch.arange(101)
+    >>> sbc, tarp = SBC(even.unsqueeze(-1), 100, ("rate",)), Coverage(even, 100)
+    >>> check = Calibration(sbc, tarp, None)
+    >>> check.passes(), check.summary().index.to_list()
+    (True, ['sbc rate', 'tarp'])
     """
 
     sbc: SBC
@@ -56,6 +66,17 @@ class Calibration:
                 rows[name] = {"p_value": check.p_value}
         return pd.DataFrame.from_dict(rows, orient="index")
 
+    def to_arviz(self) -> Any:
+        """Return ranks and their PIT values as ArviZ data, replicates as draws.
+
+        The variables ``sbc``, with the dimension ``parameter``, ``tarp`` and ``coverage``; see
+        :func:`pyroflows.diagnostics.export.to_arviz`.
+        """
+        checks: dict[str, SBC | Coverage] = {"sbc": self.sbc, "tarp": self.tarp}
+        if self.coverage is not None:
+            checks["coverage"] = self.coverage
+        return to_arviz(checks, self.sbc.names)
+
     def __repr__(self) -> str:
         return f"Calibration({self.sbc!r}, tarp={self.tarp!r}, coverage={self.coverage!r})"
 
@@ -68,6 +89,7 @@ def calibration(
     num_densities: int = 50,
     batch_size: int = 100,
     seed: int = 0,
+    progress: bool = True,
 ) -> Calibration:
     """Check the calibration of an amortized posterior on simulations it was not trained on.
 
@@ -89,6 +111,8 @@ def calibration(
         Simulations to draw for at once.
     seed
         Determines draws and the order of ties; the global random state is left alone.
+    progress
+        Whether to show a progress bar.
 
     Returns
     -------
@@ -122,7 +146,8 @@ def calibration(
     draws, draw_densities, true_densities = [], [], []
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        for start in range(0, len(simulations), batch_size):
+        starts = range(0, len(simulations), batch_size)
+        for start in tqdm(starts, desc="calibration", unit="batch", disable=not progress):
             part = simulations[start : start + batch_size]
             drawn = posterior.sample(num_draws, x=part.observations)
             draws.append(_columns(drawn, part.parameters))

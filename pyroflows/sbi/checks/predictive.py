@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ...arviz import build
 from ...diagnostics.entries import entry_names
 from ..model.exchangeable import exchangeable_sites
+from ..model.export import export
 from ..model.simulations import Simulations
 from ..simulation.simulate import BATCH_SIZE, simulate_at
 
@@ -36,6 +36,14 @@ class PredictiveCheck:
         are not finite.
     observed_statistics
         Their values in what was observed.
+
+    Examples
+    --------
+    >>> simulated = torch.arange(99.0)
+    >>> simulations = Simulations({"mean": torch.zeros(99)}, {"x": simulated})
+    >>> observed = {"x": torch.tensor(99.0)}
+    >>> PredictiveCheck(simulations, observed, {"x": simulated}, {"x": 99.0}).p_values
+    {'x': 0.02}
     """
 
     simulations: Simulations
@@ -74,17 +82,36 @@ class PredictiveCheck:
         }
         return pd.DataFrame.from_dict(rows, orient="index")
 
-    def to_arviz(self) -> Any:
-        """Return ArviZ data with posterior, posterior predictive draws and the observation."""
-        draws = self.simulations
+    def to_frame(self) -> pd.DataFrame:
+        """Return draws and simulated observations as a table, a row each."""
+        return self.simulations.to_frame()
+
+    def to_arviz(
+        self,
+        *,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        coords: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Any:
+        """Return ArviZ data with posterior, posterior predictive draws and the observation.
+
+        Parameters
+        ----------
+        dims
+            Names of the dimensions of a site.
+        coords
+            Labels of dimensions.
+
+        Returns
+        -------
+        arviz.InferenceData or xarray.DataTree
+            The former with ArviZ 0.x, the latter with ArviZ 1.x.
+        """
         groups = {
-            "posterior": {name: v.cpu().numpy()[None] for name, v in draws.parameters.items()},
-            "posterior_predictive": {
-                name: v.cpu().numpy()[None] for name, v in draws.observations.items()
-            },
-            "observed_data": {name: v.cpu().numpy() for name, v in self.observations.items()},
+            "posterior": self.simulations.parameters,
+            "posterior_predictive": self.simulations.observations,
+            "observed_data": self.observations,
         }
-        return build(groups, attrs={"inference_library": "pyroflows"})
+        return export(groups, {}, dims=dims, coords=coords)
 
     def __repr__(self) -> str:
         name = min(self.p_values, key=self.p_values.__getitem__)

@@ -137,8 +137,8 @@ def _runge_kutta(velocity: Field, w: Tensor, start: float, end: float) -> Tensor
 
 def _times(num_steps: int, start: float, end: float) -> list[float]:
     """Return times from start to end, both between 0 and 1, denser towards 1."""
-    clock = 1 - (1 - np.array([start, end])) ** (1 / SLOWING)
-    times = 1 - (1 - np.linspace(*clock, num_steps + 1)) ** SLOWING
+    first, last = (1 - (1 - time) ** (1 / SLOWING) for time in (start, end))
+    times = 1 - (1 - np.linspace(first, last, num_steps + 1)) ** SLOWING
     return [start, *times[1:-1].tolist(), end]
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from ... import tensor_file
+from ...diagnostics.frames import frame
+from .export import export
 
 FORMAT = "pyroflows.Simulations/1"
 
@@ -149,6 +153,40 @@ class Simulations:
             group, name = key.split(".", 1)
             groups[group][name] = values
         return cls(groups["parameters"], groups["observations"], about["num_invalid"])
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return parameters and observations as a table, a row for each draw."""
+        return frame(dict(self._sites()))
+
+    def to_arviz(
+        self,
+        *,
+        x: Tensor | Mapping[str, Tensor] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        coords: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Any:
+        """Return the draws as ArviZ data, in the groups ``prior`` and ``prior_predictive``.
+
+        Parameters
+        ----------
+        x
+            What was observed: a tensor for one observed site, else a dict of tensors, each of shape
+            ``(*shape)``. It becomes ``observed_data``, for prior predictive checks.
+        dims
+            Names of the dimensions of a site.
+        coords
+            Labels of dimensions.
+
+        Returns
+        -------
+        arviz.InferenceData or xarray.DataTree
+            The former with ArviZ 0.x, the latter with ArviZ 1.x.
+        """
+        groups = {"prior": self.parameters, "prior_predictive": self.observations}
+        if x is not None:
+            observed = x if isinstance(x, Mapping) else {next(iter(self.observations)): x}
+            groups["observed_data"] = {n: torch.as_tensor(v) for n, v in observed.items()}
+        return export(groups, {"num_invalid": self.num_invalid}, dims=dims, coords=coords)
 
     def _sites(self) -> list[tuple[str, Tensor]]:
         return [*self.parameters.items(), *self.observations.items()]

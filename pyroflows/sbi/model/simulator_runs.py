@@ -31,6 +31,20 @@ class SimulationError(RuntimeError):
         The values of the parameters it raised at, by site; empty if it did not come that far.
     simulations
         The finished draws, ``None`` if there are none.
+
+    Examples
+    --------
+    >>> import pyro.distributions as dist, pyroflows as pf
+    >>> def square_root(theta):
+    ...     if theta < 0:
+    ...         raise ArithmeticError("negative")
+    ...     return theta**0.5
+    >>> simulator = pf.sbi.BlackBox(dist.Normal(0.0, 1.0), square_root)
+    >>> try:
+    ...     simulations = pf.sbi.simulate(simulator, 100, progress=False)
+    ... except SimulationError as error:
+    ...     print(bool(error.parameters["theta"] < 0))
+    True
     """
 
     def __init__(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from ...arviz import build
 from ...diagnostics import effective_sample_size, log_evidence, psis
+from ...diagnostics.frames import frame
 from ...svi.summary import describe
+from ..model.joint_density import JointDensity
 from ..model.space import ParameterSpace
+from .export import export_posterior
 
 KHAT_GOOD, KHAT_USABLE = 0.5, 0.7
 
@@ -79,6 +81,7 @@ class CorrectedPosterior:
         log_q: Tensor,
         observed: Mapping[str, Tensor],
         about: Mapping[str, Any],
+        joint: JointDensity | None = None,
     ) -> None:
         self.space = space
         self.draws = draws
@@ -86,6 +89,7 @@ class CorrectedPosterior:
         self.log_q = log_q
         self.observed = dict(observed)
         self.about = dict(about)
+        self.joint = joint
         self.log_weights = log_p.double() - log_q.double()
         self.log_weights_psis, self.khat = psis(self.log_weights)
         self.ess = effective_sample_size(self.log_weights_psis)
@@ -163,13 +167,29 @@ class CorrectedPosterior:
             "log_evidence_standard_error": self.log_evidence_standard_error,
         }
 
-    def to_arviz(self, *, resample: bool = False, seed: int | None = 0) -> Any:
+    def to_frame(self) -> pd.DataFrame:
+        """Return the learned draws as a table, a row each, with their smoothed log-weights."""
+        values = self.space.constrain(self.draws)
+        return frame({**values, "log_weight_psis": self.log_weights_psis})
+
+    def to_arviz(
+        self,
+        *,
+        resample: bool = False,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        coords: Mapping[str, Sequence[Any]] | None = None,
+        seed: int | None = 0,
+    ) -> Any:
         """Convert to ArviZ: draws, weights and the observation, the verdict in the attributes.
 
         Parameters
         ----------
         resample
             Whether to resample the draws by their weights; the weights, used up, are then equal.
+        dims
+            Names of the dimensions of a site, instead of those of its plates.
+        coords
+            Labels of dimensions.
         seed
             Makes the resampling reproducible.
 
@@ -192,20 +212,15 @@ class CorrectedPosterior:
         groups = {
             "posterior": self.space.constrain(self.draws[index]),
             "sample_stats": {name: value[index] for name, value in stats.items()},
+            "observed_data": self.observed,
         }
-        arrays = {
-            group: {name: value.cpu().numpy()[None] for name, value in values.items()}
-            for group, values in groups.items()
-        }
-        arrays["observed_data"] = {name: v.cpu().numpy() for name, v in self.observed.items()}
         about = {
             **self.about,
             **self.scalars(),
             "pareto_k": self.khat,
             "verdict": self.verdict,
-            "inference_library": "pyroflows",
         }
-        return build(arrays, attrs=about)
+        return export_posterior(groups, about, self.joint, dims=dims, coords=coords)
 
     def __repr__(self) -> str:
         return (

@@ -22,6 +22,17 @@ class JointPosterior(Posterior):
     What :meth:`JointFlowMatching.fit` returns. With ``x`` it is a :class:`Posterior`, for
     observations of which some entries may be missing, NaN. With ``given`` the condition is any
     choice of sites, parameters and observed ones.
+
+    Examples
+    --------
+    >>> import pyro, pyro.distributions as dist, pyroflows as pf
+    >>> def simulator():
+    ...     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("x", dist.Normal(theta, 1.0))
+    >>> estimator = pf.sbi.JointFlowMatching(simulator)
+    >>> posterior = estimator.fit(num_simulations=500, num_steps=50, progress=False)
+    >>> sorted(posterior.sample(100, given={}))
+    ['theta', 'x']
     """
 
     density: JointFlowDensity

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.distributions.transforms import ReshapeTransform
 
 from ... import tensor_file
-from ...arviz import build
+from ...diagnostics.frames import frame
 from ...distributions import FlowMixture
 from ...distributions.maximum_likelihood import DensityFit
 from ..model.joint_density import JointDensity
@@ -22,6 +23,8 @@ from ..model.observations import ObservationSpace
 from ..model.prior import Prior
 from ..simulation.simulate import simulate
 from .annealing import anneal
+from .export import export_posterior
+from .tables import tabulate
 
 FORMAT = "pyroflows.LikelihoodModel/1"
 CHUNK = 4096  # observations at a time: what fits in the caches is several times faster
@@ -48,6 +51,21 @@ class LikelihoodModel:
         The observations.
     fit
         How the training went; ``None`` for a model from a file.
+
+    Examples
+    --------
+    >>> import pyro, pyro.distributions as dist, pyroflows as pf
+    >>> def simulator():
+    ...     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    ...     pyro.sample("x", dist.Normal(theta, 1.0))
+    >>> estimator = pf.sbi.NeuralLikelihood(simulator, num_flows=1, num_layers=2)
+    >>> model = estimator.fit(num_simulations=500, num_steps=50, progress=False)
+    >>> result = pf.fit(
+    ...     model, pf.AutoRealNVP(model, num_layers=2), (torch.tensor(1.0),),
+    ...     num_steps=10, num_particles=16, num_draws=500, progress=False,
+    ... )
+    >>> result.sample(5)["theta"].shape
+    torch.Size([5])
     """
 
     def __init__(
@@ -119,9 +137,8 @@ class LikelihoodModel:
     ) -> LikelihoodPosterior:
         """Sample the posterior given one observation, and estimate its evidence.
 
-        A population of draws from the prior is annealed to the posterior, see
-        :func:`pyroflows.sbi.posteriors.annealing.anneal`: some hundred evaluations of the
-        likelihood for each draw.
+        A population of draws from the prior is annealed to the posterior: some hundred evaluations
+        of the likelihood for each draw.
 
         Parameters
         ----------
@@ -161,6 +178,7 @@ class LikelihoodModel:
             annealed.log_evidence_error,
             {name: observed},
             self.about,
+            self.joint,
         )
 
     def sample(
@@ -231,6 +249,15 @@ class LikelihoodPosterior:
         The observation, by site.
     about
         What was trained.
+    joint
+        The simulator.
+
+    Examples
+    --------
+    >>> draws = {"rate": torch.ones(100)}
+    >>> posterior = LikelihoodPosterior(draws, -2.3, 0.1, {"x": torch.tensor(0.5)}, {})
+    >>> posterior.draws["rate"].shape, posterior.log_evidence
+    (torch.Size([100]), -2.3)
     """
 
     draws: dict[str, Tensor]
@@ -238,20 +265,48 @@ class LikelihoodPosterior:
     log_evidence_error: float
     observed: dict[str, Tensor]
     about: dict[str, Any]
+    joint: JointDensity | None = None
 
-    def to_arviz(self) -> Any:
-        """Return the draws as ArviZ data, with the observation."""
-        groups = {
-            "posterior": {name: value.cpu().numpy()[None] for name, value in self.draws.items()},
-            "observed_data": {name: value.cpu().numpy() for name, value in self.observed.items()},
-        }
-        attributes = {
-            "inference_library": "pyroflows",
+    def summary(self) -> pd.DataFrame:
+        """Tabulate each parameter: mean, standard deviation and quantiles, a row per entry."""
+        table = tabulate(self.draws, 0)
+        table.attrs.update(self.scalars())
+        return table
+
+    def scalars(self) -> dict[str, float]:
+        """Return the evidence and its error."""
+        return {
             "log_evidence": self.log_evidence,
             "log_evidence_error": self.log_evidence_error,
-            **self.about,
         }
-        return build(groups, attrs=attributes)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the draws as a table, a row each."""
+        return frame(self.draws)
+
+    def to_arviz(
+        self,
+        *,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        coords: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Any:
+        """Return the draws as ArviZ data, with the observation.
+
+        Parameters
+        ----------
+        dims
+            Names of the dimensions of a site, instead of those of its plates.
+        coords
+            Labels of dimensions.
+
+        Returns
+        -------
+        arviz.InferenceData or xarray.DataTree
+            The former with ArviZ 0.x, the latter with ArviZ 1.x.
+        """
+        groups = {"posterior": self.draws, "observed_data": self.observed}
+        about = {**self.scalars(), **self.about}
+        return export_posterior(groups, about, self.joint, dims=dims, coords=coords)
 
 
 def _reshaped(flow: FlowMixture, shape: torch.Size) -> dist.TorchDistribution:

@@ -1,15 +1,13 @@
-"""Draws given one observation or many, as a table and as arrays with named dimensions."""
+"""Draws given one observation or many, as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from ...arviz import build
 from ...svi.summary import describe
 
 
@@ -29,31 +27,20 @@ def tabulate(draws: Mapping[str, Tensor], batch_dim: int) -> pd.DataFrame:
     return pd.concat(tables, names=["observation", None])
 
 
+def batch_dims(batch_dim: int) -> list[str]:
+    """Name the dimensions of a batch of observations.
+
+    Examples
+    --------
+    >>> batch_dims(1), batch_dims(2)
+    (['observation'], ['observation_dim_0', 'observation_dim_1'])
+    """
+    if batch_dim == 1:
+        return ["observation"]
+    return [f"observation_dim_{i}" for i in range(batch_dim)]
+
+
 def _table(draws: Mapping[str, Tensor]) -> pd.DataFrame:
     size = len(next(iter(draws.values())))
     table = describe(draws, torch.full((size,), 1 / size))
     return table.drop(columns=["weighted_mean", "weighted_sd"])
-
-
-def export(
-    draws: Mapping[str, Tensor],
-    log_prob: Tensor,
-    observed: Mapping[str, Tensor],
-    about: Mapping[str, Any],
-) -> Any:
-    """Return draws ``(S, *batch, *shape)``, log-densities ``(S, *batch)`` and data for ArviZ."""
-    batch_dim = log_prob.dim() - 1
-    batch = [f"observation_dim_{i}" for i in range(batch_dim)]
-    if batch_dim == 1:
-        batch = ["observation"]
-    groups = {
-        "posterior": {name: value.cpu().numpy()[None] for name, value in draws.items()},
-        "sample_stats": {"lp": log_prob.cpu().numpy()[None]},
-        "observed_data": {name: value.cpu().numpy() for name, value in observed.items()},
-    }
-    dims = {
-        name: [*batch, *(f"{name}_dim_{i}" for i in range(value.ndim - skipped - batch_dim))]
-        for group, skipped in (("posterior", 2), ("sample_stats", 2), ("observed_data", 0))
-        for name, value in groups[group].items()
-    }
-    return build(groups, dims=dims, attrs={"inference_library": "pyroflows", **about})

@@ -85,7 +85,11 @@ class Chunks:
         done = int(self._is_finished.sum())
         try:
             with tqdm(
-                total=self.num_draws, initial=done, unit="draws", disable=not progress
+                total=self.num_draws,
+                initial=done,
+                desc="simulate",
+                unit="draws",
+                disable=not progress,
             ) as bar:
                 for index, chunk in self._results(job, executor):
                     self._keep(index, chunk)
