@@ -18,6 +18,7 @@ from pyroflows.sbi import (
 )
 from pyroflows.sbi.estimators import augmentation, estimator, neural_likelihood
 from pyroflows.sbi.estimators.augmentation import can_augment, draw_pairs
+from pyroflows.sbi.estimators.estimator import default_steps
 from pyroflows.sbi.estimators.pairs import pairs
 from pyroflows.sbi.model.observations import ObservationSpace
 from tests.simulators import conjugate
@@ -227,3 +228,10 @@ def test_only_small_complete_observations_are_augmented() -> None:
         ObservationSpace({"x": torch.Size([8]), "y": torch.Size([8])}),
     ):
         assert not can_augment(other, simulations)
+
+
+@pytest.mark.parametrize(
+    ("num_simulations", "steps"), [(100, 6000), (10_000, 6000), (90_000, 18_000)]
+)
+def test_more_simulations_take_more_steps(num_simulations: int, steps: int) -> None:
+    assert default_steps(num_simulations) == steps

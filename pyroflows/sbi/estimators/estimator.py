@@ -29,13 +29,15 @@ from ..model.space import ParameterSpace, site_names
 from ..posteriors.posterior import FORMAT, Posterior
 from ..simulation.simulate import given_or_drawn
 from .augmentation import MAX_SIZE, can_augment, draw_pairs, has_memorised, warn_of_failure
-from .neural_likelihood import NeuralLikelihood, default_steps
+from .neural_likelihood import NeuralLikelihood
+from .neural_likelihood import default_steps as likelihood_steps
 from .pairs import pairs
 from .trained_file import load_weights, read_trained
 
 BATCH_SIZE = 512
 LEARNING_RATE = 1e-3
-NUM_STEPS = 6000
+MIN_STEPS = 6000
+STEPS_PER_ROOT = 60  # of the number of simulations
 AUGMENTED_STEPS = 2  # times as many, where data do not run out
 
 
@@ -98,7 +100,7 @@ class Estimator:
         simulations: Simulations | None = None,
         *,
         num_simulations: int | None = None,
-        num_steps: int = NUM_STEPS,
+        num_steps: int | None = None,
         batch_size: int = BATCH_SIZE,
         learning_rate: float = LEARNING_RATE,
         weight_decay: float = 1e-2,
@@ -118,7 +120,8 @@ class Estimator:
         num_simulations
             how many to draw.
         num_steps, batch_size, learning_rate, weight_decay, validation_fraction, patience
-            See :meth:`pyroflows.Flow.fit`, like ``checkpoint``.
+            See :meth:`pyroflows.Flow.fit`, like ``checkpoint``. By default 6000 steps, and beyond
+            10 000 simulations 60 times the root of their number.
         augment
             Whether to train once more where training has memorised the simulations: on pairs of
             parameters from the prior and observations from a likelihood that is learned from the
@@ -155,7 +158,7 @@ class Estimator:
         masking = Masking(self.observations)
         masking.check(x)
         settings = Settings(
-            num_steps,
+            default_steps(len(simulations)) if num_steps is None else num_steps,
             batch_size,
             learning_rate,
             weight_decay,
@@ -171,10 +174,10 @@ class Estimator:
         density, fit = train(None, settings, stage(checkpoint, ""))
         num_pairs = len(training)
         augments = augment and can_augment(self.observations, simulations)
-        if augments and has_memorised(fit, num_steps):
+        if augments and has_memorised(fit, settings.num_steps):
             try:
                 more = self._drawn_pairs(simulations, settings, progress, checkpoint)
-                longer = replace(settings, num_steps=AUGMENTED_STEPS * num_steps)
+                longer = replace(settings, num_steps=AUGMENTED_STEPS * settings.num_steps)
                 augmented, refit = train(more, longer, stage(checkpoint, ".augmented"))
                 if refit.best_validation_loss < fit.best_validation_loss:
                     density, fit, num_pairs = augmented, refit, num_pairs + len(more)
@@ -238,7 +241,7 @@ class Estimator:
             raise ValueError(f"{observed!r} has {size} entries that noise makes dependent")
         model = likelihood.fit(
             simulations,
-            num_steps=min(settings.num_steps, default_steps(len(simulations))),
+            num_steps=min(settings.num_steps, likelihood_steps(len(simulations))),
             validation_fraction=settings.validation_fraction,
             seed=settings.seed,
             progress=progress,
@@ -309,3 +312,8 @@ class _Trained:
 
     def eval(self) -> None:
         self.module.eval()
+
+
+def default_steps(num_simulations: int) -> int:
+    """Return the number of steps for so many simulations."""
+    return max(MIN_STEPS, round(STEPS_PER_ROOT * num_simulations**0.5))
