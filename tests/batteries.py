@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import pyroflows as pf
 from pyroflows.transforms import (
+    PLU,
     QR,
     ActNorm,
     Affine,
@@ -24,18 +26,25 @@ from pyroflows.transforms import (
     DeepSigmoidal,
     DiagonalAffine,
     Elementwise,
+    FactorOut,
+    Flattened,
     FlowTransform,
+    ImageCoupling,
+    InvertibleConvolution,
+    Logit,
     Orthogonal,
     Permutation,
     Scale,
     Shift,
     Spline,
+    Squeezed,
     SumOfSquares,
     TriangularAffine,
 )
 
-SMALL = {"num_layers": 2, "hidden_dims": (8, 8), "bins": 4}
+SMALL = {"num_layers": 2, "hidden_dims": (8, 8), "bins": 4, "width": 8}
 SIZES = ((5, 0), (4, 3), (2, 0), (1, 0), (1, 2))  # input_dim, context_dim
+IMAGES = (((1, 4, 4), 0), ((2, 4, 4), 3))  # event_shape, context_dim
 BIJECTIONS = (
     Shift(),
     Scale(),
@@ -56,13 +65,22 @@ class Case:
 
     name: str
     build: Callable[[], FlowTransform]
-    input_dim: int
+    input_dim: int | tuple[int, ...]
     context_dim: int = 0
     near_identity: bool = True
     exact_log_det: bool = True
     iterative: bool = False
     traceable: bool = True
     angles: bool = False
+    strength: float = 1.0  # of perturbations: weights of convolutions add up over many inputs
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return (self.input_dim,) if isinstance(self.input_dim, int) else self.input_dim
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.event_shape)
 
     @property
     def round_trip(self) -> dict[torch.dtype, float]:
@@ -78,10 +96,13 @@ class Case:
         """Widen the tolerance of a comparison where answers are themselves solved for."""
         return max(tolerance, 1e-7) if self.iterative else tolerance
 
+    def jacobian(self, y: Tensor, x: Tensor) -> Tensor:
+        return jacobian(y, x, len(self.event_shape))
+
     def flow(self, dtype: torch.dtype = torch.float64, noise: float = 0.1) -> FlowTransform:
         """Build the flow, with ``noise`` times standard normal draws added to its parameters."""
         torch.manual_seed(0)
-        return perturb(self.build().to(dtype), noise)
+        return perturb(self.build().to(dtype), self.strength * noise)
 
     def bound(self, dtype: torch.dtype = torch.float64, noise: float = 0.1) -> FlowTransform:
         """Build the flow and bind one context to it if it takes any."""
@@ -91,7 +112,7 @@ class Case:
     def inputs(
         self, *batch: int, dtype: torch.dtype = torch.float64, scale: float = 3.0, seed: int = 1
     ) -> Tensor:
-        x = scale * normal(*batch, self.input_dim, seed=seed)
+        x = scale * normal(*batch, *self.event_shape, seed=seed)
         return (wrapped(x) if self.angles else x).to(dtype)
 
     def context(self, *batch: int, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor:
@@ -116,27 +137,34 @@ def perturb(flow: FlowTransform, noise: float) -> FlowTransform:
     return flow
 
 
-def jacobian(y: Tensor, x: Tensor) -> Tensor:
-    """Return ``dy/dx`` of each vector of a batch, by backpropagation: ``(*batch, D, D)``."""
+def jacobian(y: Tensor, x: Tensor, event_dim: int = 1) -> Tensor:
+    """Return ``dy/dx`` of each event of a batch, by backpropagation: ``(*batch, D, D)``."""
     rows = [
-        torch.autograd.grad(y[..., i].sum(), x, retain_graph=True)[0] for i in range(y.shape[-1])
+        torch.autograd.grad(entry.sum(), x, retain_graph=True)[0].flatten(-event_dim)
+        for entry in y.flatten(-event_dim).unbind(-1)
     ]
     return torch.stack(rows, -2)
 
 
-def registered(name: str, input_dim: int, context_dim: int = 0, **options: Any) -> FlowTransform:
+def registered(
+    name: str, input_dim: int | tuple[int, ...], context_dim: int = 0, **options: Any
+) -> FlowTransform:
     """Build a registered flow with those of the options that it knows."""
     known = inspect.signature(pf.flows.spec(name).factory).parameters
     options = {option: value for option, value in options.items() if option in known}
     return pf.flow(name, input_dim, context_dim, **options)
 
 
+def label(size: int | tuple[int, ...]) -> str:
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
+
+
 def _registered_cases() -> Iterator[Case]:
-    for name in pf.flows.names():
+    for name in (*pf.flows.names(), *pf.flows.names("image")):
         spec = pf.flows.spec(name)
-        for input_dim, context_dim in SIZES:
+        for input_dim, context_dim in SIZES if spec.event == "vector" else IMAGES:
             yield Case(
-                f"{name}-{input_dim}-{context_dim}",
+                f"{name}-{label(input_dim)}-{context_dim}",
                 lambda name=name, D=input_dim, C=context_dim: registered(name, D, C, **SMALL),
                 input_dim,
                 context_dim,
@@ -144,6 +172,7 @@ def _registered_cases() -> Iterator[Case]:
                 iterative=not spec.closed_form_inverse,
                 traceable=spec.traceable,
                 angles=spec.support == "circle",
+                strength=1.0 if spec.event == "vector" else 0.3,
             )
 
 
@@ -195,6 +224,54 @@ def stack() -> Compose:
     return Compose([inner, autoregressive(4).inv, triangular(4), inner.inv, autoregressive(4, 3)])
 
 
+def unit_interval(shape: tuple[int, ...]) -> Compose:
+    """Map into the unit interval and back; numbers are made small first, as its ends are flat."""
+    shrink = ActNorm(shape, initialized=True)
+    torch.nn.init.constant_(shrink.log_scale, -4.0)
+    return Compose([shrink, Logit(shape, 0.05).inv, Logit(shape, 0.06), copy.deepcopy(shrink).inv])
+
+
+def _image_cases() -> Iterator[Case]:
+    shape = (3, 2, 4)
+    for mask in ("channel", "checkerboard"):
+        for bijection in BIJECTIONS:
+            for swap, context_dim in ((False, 0), (True, 2)):
+                yield Case(
+                    f"ImageCoupling-{mask}-{type(bijection).__name__}-{label(shape)}-{context_dim}",
+                    lambda mask=mask, g=bijection, swap=swap, C=context_dim: ImageCoupling(
+                        g, shape, C, mask, swap, width=8, kernel_size=3
+                    ),
+                    shape,
+                    context_dim,
+                    iterative=isinstance(bijection, ITERATIVE),
+                    angles=isinstance(bijection, CircularSpline),
+                )
+    for name, linear in (
+        ("PLU", lambda: PLU(3)),
+        ("PLU-rotated", lambda: PLU(3, weight=torch.linalg.qr(normal(3, 3, seed=5).float()).Q)),
+        ("QR", lambda: QR(3)),
+        ("Permutation", lambda: Permutation([2, 0, 1])),
+    ):
+        yield Case(
+            f"InvertibleConvolution-{name}",
+            lambda linear=linear: InvertibleConvolution(linear(), (2, 4)),
+            shape,
+            near_identity=name in ("PLU", "QR"),
+        )
+    yield Case(
+        "InvertibleConvolution-PLU-context",
+        lambda: InvertibleConvolution(PLU(3, 2, hidden_dims=(8,)), (2, 4)),
+        shape,
+        2,
+    )
+    yield Case("Squeezed-1x6x3", lambda: Squeezed(ActNorm((9, 2, 1), True), 3), (1, 6, 3))
+    yield Case("ActNorm-3x2x4", lambda: ActNorm(shape, initialized=True), shape)
+    yield Case("FactorOut-3x2x4", lambda: FactorOut(ActNorm((2, 2, 4), True), 3), shape)
+    yield Case("Flattened-3x2x4-2", lambda: Flattened(coupling(24, 2), shape), shape, 2)
+    yield Case("Logit-3x2x4", lambda: unit_interval(shape), shape, 0, False)
+    yield Case("Logit-5", lambda: unit_interval((5,)), 5, 0, False)
+
+
 def _other_cases() -> Iterator[Case]:
     for D in (1, 2, 5):
         yield Case(f"Permutation-{D}", lambda D=D: Permutation([*range(1, D), 0]), D, 0, False)
@@ -218,13 +295,15 @@ def _other_cases() -> Iterator[Case]:
 
 REGISTERED = tuple(_registered_cases())
 PRODUCTS = tuple(_product_cases())
+IMAGE_LAYERS = tuple(_image_cases())
 OTHERS = tuple(_other_cases())
-CASES = (*REGISTERED, *PRODUCTS, *OTHERS)
+CASES = (*REGISTERED, *PRODUCTS, *IMAGE_LAYERS, *OTHERS)
 # One case for each way a flow can work, for properties that do not depend on sizes.
 KINDS = (
-    *(case for case in REGISTERED if (case.input_dim, case.context_dim) == (4, 3)),
+    *(case for case in REGISTERED if case.context_dim == 3),
     *(case for case in PRODUCTS if case.name == "Elementwise-Spline-5-0"),
-    *(case for case in OTHERS if case.input_dim > 2),
+    *(case for case in IMAGE_LAYERS if not case.name.startswith("ImageCoupling")),
+    *(case for case in OTHERS if case.size > 2),
 )
 
 

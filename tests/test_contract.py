@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
 
 import pytest
@@ -20,7 +21,6 @@ from tests.batteries import (
     KINDS,
     PRODUCTS,
     Case,
-    jacobian,
     normal,
     over,
     perturb,
@@ -102,7 +102,7 @@ def test_log_det_is_that_of_the_jacobian(exact: Case) -> None:
         flow, x = exact.bound(dtype, noise), exact.inputs(10, dtype=dtype).requires_grad_()
         for direction in DIRECTIONS:
             y, log_det = getattr(flow, direction)(x)
-            error = log_det - torch.linalg.slogdet(jacobian(y, x)).logabsdet
+            error = log_det - torch.linalg.slogdet(exact.jacobian(y, x)).logabsdet
             assert log_det.dtype == dtype
             assert error.abs().max() <= exact.log_det[dtype], (dtype, noise, direction)
 
@@ -112,8 +112,8 @@ def test_the_jacobian_of_the_inverse_is_the_inverse_jacobian(case: Case) -> None
     y, _ = flow.forward_and_log_det(x)
     image = y.detach().requires_grad_()
     back, _ = flow.inverse_and_log_det(image)
-    product = jacobian(back, image) @ jacobian(y, x)
-    expected = torch.eye(case.input_dim).double().expand_as(product)
+    product = case.jacobian(back, image) @ case.jacobian(y, x)
+    expected = torch.eye(case.size).double().expand_as(product)
     torch.testing.assert_close(product, expected, rtol=0, atol=case.within(1e-8))
 
 
@@ -154,7 +154,7 @@ def test_leaves_its_input_alone(kind: Case) -> None:
 
 def test_reads_inputs_of_any_memory_layout(kind: Case) -> None:
     flow, x = kind.bound(), kind.inputs(5, 3)
-    strided = x.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    strided = x.movedim(-1, 0).contiguous().movedim(0, -1)
     assert not strided.is_contiguous()
     for direction in DIRECTIONS:
         method = getattr(flow, direction)
@@ -164,16 +164,16 @@ def test_reads_inputs_of_any_memory_layout(kind: Case) -> None:
 # Shapes
 
 
-def test_maps_each_vector_of_a_batch_by_itself(case: Case) -> None:
-    flow, vectors = case.bound(), case.inputs(12)
+def test_maps_each_event_of_a_batch_by_itself(case: Case) -> None:
+    flow, events = case.bound(), case.inputs(12)
     for direction in DIRECTIONS:
         method = getattr(flow, direction)
-        alone = [torch.stack(answers) for answers in zip(*map(method, vectors))]
+        alone = [torch.stack(answers) for answers in zip(*map(method, events))]
         for batch in BATCH_SHAPES:
             size = torch.Size(batch).numel()
-            y, log_det = method(vectors[:size].reshape(*batch, case.input_dim))
+            y, log_det = method(events[:size].reshape(*batch, *case.event_shape))
             expected = (
-                alone[0][:size].reshape(*batch, case.input_dim),
+                alone[0][:size].reshape(*batch, *case.event_shape),
                 alone[1][:size].reshape(batch),
             )
             torch.testing.assert_close((y, log_det), expected, rtol=0, atol=case.within(1e-12))
@@ -200,11 +200,11 @@ def test_context_broadcasts_against_the_batch(
     flow = conditional.flow()
     x, context = conditional.inputs(*batch), conditional.context(*context_batch)
     joint = torch.broadcast_shapes(batch, context_batch)
-    full_x = x.expand(*joint, x.shape[-1]).contiguous()
+    full_x = x.expand(*joint, *conditional.event_shape).contiguous()
     full_context = context.expand(*joint, context.shape[-1]).contiguous()
     for direction in DIRECTIONS:
         y, log_det = getattr(flow.condition(context), direction)(x)
-        assert y.shape == (*joint, conditional.input_dim)
+        assert y.shape == (*joint, *conditional.event_shape)
         assert log_det.shape == joint
         expected = getattr(flow, direction)(full_x, full_context)
         torch.testing.assert_close((y, log_det), expected, rtol=0, atol=conditional.within(1e-12))
@@ -217,9 +217,10 @@ def test_the_context_matters(conditional: Case) -> None:
 
 
 def test_a_wrong_trailing_size_is_refused(kind: Case) -> None:
-    flow, D = kind.bound(), kind.input_dim
-    for wrong in ((7, D + 1), (D + 1,), ()):
-        message = rf"\({D},\).*\({', '.join(map(str, wrong))},?\)"
+    flow, shape = kind.bound(), kind.event_shape
+    larger = (*shape[:-1], shape[-1] + 1)
+    for wrong in ((7, *larger), larger, ()):
+        message = f"{re.escape(str(shape))}.*{re.escape(str(wrong))}"
         for method in (flow, flow.inv, flow.forward_and_log_det, flow.inverse_and_log_det):
             with pytest.raises(ValueError, match=message):
                 method(torch.zeros(wrong, dtype=torch.float64))
@@ -289,7 +290,7 @@ class Direction(nn.Module):
 
 def has_no_effect(case: Case, parameter: str) -> bool:
     """Tell the parameters that nothing can depend on: what a mask hides from a single entry."""
-    if case.input_dim > 1:
+    if case.size > 1:
         return False
     return (case.name.startswith("Autoregressive") and "layers.0.weight" in parameter) or (
         case.name.startswith("TriangularAffine") and "below_diagonal" in parameter
@@ -544,10 +545,11 @@ def test_without_a_cache_nothing_is_remembered(kind: Case) -> None:
 
 
 def test_clear_cache_forgets_in_every_part(kind: Case) -> None:
-    flow, x = kind.bound(), kind.inputs(5)
+    flow = kind.bound()
     parts = [m for m in flow.modules() if isinstance(m, FlowTransform) and not m.context_dim]
     for owner in (flow, flow.inv):
         for part in parts:
+            x = normal(5, *part.event_shape, seed=1)
             y = part(x)
             assert part(x) is y
             owner.clear_cache()
@@ -623,7 +625,7 @@ def test_creates_nothing_on_another_device(kind: Case) -> None:
             with mode():
                 outputs = getattr(flow, direction)(x)
             assert all(t.is_meta for t in outputs)
-            assert [t.shape for t in outputs] == [(2, 3, kind.input_dim), (2, 3)]
+            assert [t.shape for t in outputs] == [(2, 3, *kind.event_shape), (2, 3)]
 
 
 def trace(flow: FlowTransform, direction: str, *inputs: Tensor) -> Callable:

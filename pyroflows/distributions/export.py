@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .maximum_likelihood import Rows, check_rows
+from .maximum_likelihood import Rows
 
 if TYPE_CHECKING:
     from .flow import Flow
@@ -88,7 +88,7 @@ def density_to_arviz(
     if num_replicates < 1:
         raise ValueError(f"num_replicates must be at least 1, got {num_replicates}")
     like = next(density.parameters())
-    rows = check_rows(data, context, density.event_shape, density.context_dim, like)
+    rows = density.rows(data, context, like)
     log_density = torch.cat([density.score(r.data, r.context) for r in rows.chunks(CHUNK)])
     replicates = _replicates(density, rows, num_replicates, seed)
     row_dims = dims or [f"{name}_dim_{i}" for i in range(len(density.event_shape))]

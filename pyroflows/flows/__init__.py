@@ -5,6 +5,7 @@ from .block_autoregressive import block_autoregressive
 from .circular import circular_spline
 from .cnf import cnf
 from .couplings import nice, realnvp, spline_coupling
+from .images import glow, realnvp_image
 from .linear import plu
 from .neural import neural_autoregressive
 from .planar import planar
@@ -21,6 +22,7 @@ __all__ = [
     "circular_spline",
     "cnf",
     "flow",
+    "glow",
     "iaf",
     "maf",
     "names",
@@ -30,6 +32,7 @@ __all__ = [
     "plu",
     "radial",
     "realnvp",
+    "realnvp_image",
     "register_flow",
     "residual",
     "spec",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..transforms import FlowTransform
+from ..transforms import Flattened, FlowTransform
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class FlowSpec:
     name
         Name in the registry.
     factory
-        Called as ``factory(input_dim, context_dim, **options)``.
+        Called as ``factory(input_dim, context_dim, **options)``; for images the first argument is
+        their shape.
     fast_forward, fast_inverse
         Whether the direction takes one pass, whatever the dimension.
     exact_log_det
@@ -28,10 +30,19 @@ class FlowSpec:
     support
         The space of the events: ``"real"`` for all vectors, ``"circle"`` for vectors of angles in
         :math:`[-\pi, \pi)`.
+    event
+        What it maps: ``"vector"`` for vectors of any size, ``"image"`` for arrays of shape
+        ``(C, H, W)``.
     traceable
         Whether ``torch.jit.trace`` can record it: its control flow does not depend on its inputs.
     paper
         Where the architecture comes from.
+
+    Examples
+    --------
+    >>> realnvp = spec("realnvp")
+    >>> realnvp.fast_forward, realnvp.fast_inverse, realnvp.paper
+    (True, True, 'arXiv:1605.08803')
     """
 
     name: str
@@ -42,6 +53,7 @@ class FlowSpec:
     exact_log_det: bool = True
     closed_form_inverse: bool = True
     support: Literal["real", "circle"] = "real"
+    event: Literal["vector", "image"] = "vector"
     traceable: bool = True
 
 
@@ -72,15 +84,15 @@ def register_flow(spec: FlowSpec) -> None:
     _registry[spec.name] = spec
 
 
-def names() -> list[str]:
-    """Return the names of the registered architectures.
+def names(event: Literal["vector", "image"] = "vector") -> list[str]:
+    """Return the names of the registered architectures for vectors, or of those for images.
 
     Examples
     --------
-    >>> "realnvp" in names()
-    True
+    >>> "realnvp" in names(), names("image")
+    (True, ['glow', 'realnvp_image'])
     """
-    return sorted(_registry)
+    return sorted(name for name, spec in _registry.items() if spec.event == event)
 
 
 def spec(name: str) -> FlowSpec:
@@ -97,11 +109,14 @@ def spec(name: str) -> FlowSpec:
     True
     """
     if name not in _registry:
-        raise ValueError(f"unknown flow {name!r}; registered flows: {', '.join(names())}")
+        known = ", ".join(sorted(_registry))
+        raise ValueError(f"unknown flow {name!r}; registered flows: {known}")
     return _registry[name]
 
 
-def flow(name: str, input_dim: int, context_dim: int = 0, **options: Any) -> FlowTransform:
+def flow(
+    name: str, input_dim: int | Sequence[int], context_dim: int = 0, **options: Any
+) -> FlowTransform:
     """Build a registered architecture.
 
     Parameters
@@ -109,12 +124,14 @@ def flow(name: str, input_dim: int, context_dim: int = 0, **options: Any) -> Flo
     name
         One of :func:`names`.
     input_dim
-        Number of entries ``D`` of a vector.
+        Number of entries ``D`` of a vector, or the shape ``(C, H, W)`` of an image. An architecture
+        for vectors sees the entries of an image in a row.
     context_dim
         Size of the context the flow is conditioned on, 0 for none.
     **options
         Options of the architecture: ``num_layers``, ``hidden_dims``, ``activation``, and ``bins``
-        and ``bound`` for splines.
+        and ``bound`` for splines; for images ``num_scales``, ``num_layers`` at each, ``width`` and
+        ``num_blocks`` of the networks, ``activation``, and the ``bijection`` of the couplings.
 
     Returns
     -------
@@ -134,5 +151,12 @@ def flow(name: str, input_dim: int, context_dim: int = 0, **options: Any) -> Flo
     >>> maf = flow("maf", 10, num_layers=3)
     >>> maf(torch.randn(5, 10)).shape
     torch.Size([5, 10])
+    >>> glow = flow("glow", (3, 8, 8), width=16)
+    >>> glow(torch.randn(5, 3, 8, 8)).shape
+    torch.Size([5, 3, 8, 8])
     """
-    return spec(name).factory(input_dim, context_dim, **options)
+    architecture = spec(name)
+    if architecture.event == "image" or isinstance(input_dim, int):
+        return architecture.factory(input_dim, context_dim, **options)
+    shape = tuple(input_dim)
+    return Flattened(architecture.factory(math.prod(shape), context_dim, **options), shape)

@@ -27,6 +27,14 @@ from .coupling import (
     spline_coupling,
 )
 from .elementwise import Elementwise, conditional_spline, spline
+from .image import (
+    FactorOut,
+    Flattened,
+    ImageCoupling,
+    InvertibleConvolution,
+    Logit,
+    Squeezed,
+)
 from .linear import (
     PLU,
     QR,
@@ -81,8 +89,13 @@ __all__ = [
     "DiagonalAffine",
     "Elementwise",
     "ExactLogDet",
+    "FactorOut",
+    "Flattened",
     "FlowTransform",
+    "ImageCoupling",
     "Inverse",
+    "InvertibleConvolution",
+    "Logit",
     "Orthogonal",
     "Permutation",
     "Planar",
@@ -95,6 +108,7 @@ __all__ = [
     "Scale",
     "Shift",
     "Spline",
+    "Squeezed",
     "SumOfSquares",
     "Sylvester",
     "TriangularAffine",

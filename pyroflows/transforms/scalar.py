@@ -17,6 +17,19 @@ class ScalarBijection:
     zero stands for the identity map. The parameters come first because arithmetic on whole planes
     is what makes it fast. Both directions are plain arithmetic on tensors: they must work in
     inference mode, without autograd.
+
+    Examples
+    --------
+    >>> class Sinh(ScalarBijection):
+    ...     num_parameters = 1
+    ...     def forward(self, x, parameters):
+    ...         inner = parameters[0].exp() * x.asinh()  # zero is the identity
+    ...         return inner.sinh(), parameters[0] + inner.cosh().log() - (1 + x**2).log() / 2
+    ...     def inverse(self, y, parameters):
+    ...         return self.forward(y, -parameters)
+    >>> from pyroflows.transforms import Coupling
+    >>> Coupling(Sinh(), 4)(torch.zeros(2, 4)).shape
+    torch.Size([2, 4])
     """
 
     num_parameters: int

@@ -60,15 +60,30 @@ def check_rows(
     ValueError
         If they cannot be learned from.
     """
-    rows = _as_rows("data", data, event_shape, like)
+    rows = as_rows("data", data, event_shape, like)
     _check_spread(rows)
+    return with_context(rows, context, context_dim, like)
+
+
+def with_context(
+    rows: Tensor, context: Tensor | np.ndarray | None, context_dim: int, like: Tensor
+) -> Rows:
+    """Return checked rows together with their context, in the dtype and on the device of ``like``.
+
+    Raises
+    ------
+    TypeError
+        If the context is not an array.
+    ValueError
+        If it is missing or unexpected, or has another number of rows or entries.
+    """
     if context is None:
         if context_dim:
             raise ValueError(f"context must have shape (N, {context_dim}), got none")
         return Rows(rows, None)
     if not context_dim:
         raise ValueError("context must be None for a density without one, got one")
-    contexts = _as_rows("context", context, torch.Size([context_dim]), like)
+    contexts = as_rows("context", context, torch.Size([context_dim]), like)
     if len(contexts) != len(rows):
         raise ValueError(
             f"context must have as many rows as data, {len(rows)}, got {len(contexts)}"
@@ -111,9 +126,16 @@ def mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def _as_rows(
-    name: str, value: Tensor | np.ndarray, event_shape: torch.Size, like: Tensor
-) -> Tensor:
+def as_rows(name: str, value: Tensor | np.ndarray, event_shape: torch.Size, like: Tensor) -> Tensor:
+    """Return events of a shape as a tensor in the dtype and on the device of ``like``.
+
+    Raises
+    ------
+    TypeError
+        If ``value`` is not an array.
+    ValueError
+        If it has another shape, or numbers that are not finite.
+    """
     if not isinstance(value, Tensor | np.ndarray):
         raise TypeError(f"{name} must be a tensor or an array, got {type(value).__name__}")
     rows = torch.as_tensor(value).detach().to(like)

@@ -26,6 +26,14 @@ class DensityFit:
         Time the steps have taken.
     interrupted
         Whether the fit was interrupted.
+
+    Examples
+    --------
+    >>> import torch, pyroflows as pf
+    >>> flow = pf.Flow(None, pf.flow("realnvp", 2, num_layers=2))
+    >>> fit = flow.fit(torch.randn(500, 2), num_steps=20, progress=False)
+    >>> fit.num_steps, fit.history().columns.to_list()
+    (20, ['loss', 'validation_loss'])
     """
 
     losses: Tensor
