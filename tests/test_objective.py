@@ -120,6 +120,30 @@ def test_the_value_is_the_negative_elbo(estimate: Callable, num_stretched: int) 
     assert value == pytest.approx(-log_weights[num_stretched:].mean().item())
 
 
+class FailingBeyond(NormalGuide):
+    """Have a density that is no number beyond a limit."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return super().__call__(z) + 0 * (4.5 - z).sqrt().squeeze(-1)
+
+
+def test_draws_in_the_tails_may_fail() -> None:
+    """Of 200 draws of N(0, 1) half of which are doubled, some lie beyond 4.5, none but those."""
+    guide, failing = (kind(0.3, 1.0) for kind in (NormalGuide, FailingBeyond))
+    noise, _ = guide.first_draws(200)
+    z = 0.3 + torch.cat([2 * noise[:100], noise[100:]])
+    beyond = z > 4.5
+    assert beyond[:100].any()
+    assert not beyond[100:].any()
+    gradient = failing.gradient(both_along_path, 200)
+    slope, log_weights = z - (z - 0.3), log_normal(z, 0.0, 1.0) - log_normal(z, 0.3, 1.0)
+    importance = log_weights.masked_fill(beyond, -torch.inf).softmax(0)
+    share = 1 / (200 * importance.square().sum())
+    terms = (1 / 200 + share * importance) * torch.where(beyond, 0.0, slope)
+    expected = torch.stack([terms.sum(), (terms * (z - 0.3)).sum()])
+    torch.testing.assert_close(gradient, expected)
+
+
 @ESTIMATES
 def test_weights_that_rest_on_one_draw_hardly_count(estimate: Callable) -> None:
     """Far off, the gradient is that of KL(q, p), here along the path z = mean + sd * noise."""

@@ -127,16 +127,32 @@ class _Draws(NamedTuple):
 def _draw(density: ModelDensity, num_draws: int, power: float, num_stretched: int) -> _Draws:
     posterior = _posterior(density)
     noise = posterior.base_dist.rsample((num_draws,))
-    z = clip_outliers(posterior.transform(noise * _stretches(noise, num_stretched)))
+    stretched = torch.arange(num_draws, device=noise.device) < num_stretched
+    z = posterior.transform(noise * _stretches(noise, num_stretched))
+    z = clip_outliers(_drop_failures(z, stretched))
     fixed = z.detach().requires_grad_()
     log_q = posterior.log_prob(fixed)
     (slope,) = torch.autograd.grad(log_q.sum(), fixed, retain_graph=True)
     log_p = power * density(z)
-    importance = (log_p - log_q).detach().softmax(0)
+    log_weights = (log_p - log_q).detach()
+    # Models may fail in tails that guides do not reach: those draws do not count.
+    failed = stretched & ~log_weights.isfinite()
+    importance = log_weights.masked_fill(failed, -torch.inf).softmax(0)
     share = 1 / (num_draws * importance.square().sum())
-    along_path = (z * slope).sum(-1) - log_p
-    negative_elbo = (log_q - log_p).detach()[num_stretched:].mean()
-    return _Draws(along_path, log_q, importance, share, negative_elbo)
+    along_path = ((z * slope).sum(-1) - log_p).masked_fill(failed, 0.0)
+    return _Draws(along_path, log_q, importance, share, -log_weights[num_stretched:].mean())
+
+
+def _drop_failures(draws: Tensor, stretched: Tensor) -> Tensor:
+    """Return draws of which the stretched ones pass on only gradients that are finite."""
+
+    def drop(gradient: Tensor) -> Tensor:
+        failed = stretched & ~gradient.isfinite().all(-1)
+        return gradient.masked_fill(failed.unsqueeze(-1), 0.0)
+
+    if draws.requires_grad:
+        draws.register_hook(drop)
+    return draws
 
 
 def _stretches(noise: Tensor, num_stretched: int) -> Tensor:
