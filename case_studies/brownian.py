@@ -184,12 +184,11 @@ def draw_scales(results: dict[str, pf.VariationalPosterior], exact: Exact) -> pl
         draws = result.sample(2000, seed=2)
         points = torch.stack([draws[scale].log() for scale in TRUE_SCALES], -1).cpu()
         plot_pair(points, labels=[f"log {scale}" for scale in TRUE_SCALES], ax=ax)
-        ax.contour(
-            *exact.axes, exact.mass.T, levels=levels, colors="tab:red", linestyles=["--", "-"]
-        )
+        ax.contour(*exact.axes, exact.mass.T, levels=levels, colors="black", linestyles=["--", "-"])
         for line, value in zip((ax.axvline, ax.axhline), TRUE_SCALES.values(), strict=True):
             line(math.log(value), color="0.4", linestyle=":")
         ax.set(title=f"{name}, k-hat {result.khat:.2f}", xlim=(-7, -1), ylim=(-2.7, -0.6))
+        ax.label_outer()
     return figure
 
 

@@ -14,6 +14,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from PIL import Image
+
+NUM_COLORS = 128  # of pictures: more would not be seen, and double the size of the files
 
 
 def parse(name: str, description: str | None, **choices: Iterable[str]) -> argparse.Namespace:
@@ -48,8 +51,11 @@ def write_json(path: Path, content: Any) -> None:
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """Write a picture and let go of it."""
     figure.tight_layout()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
+    with Image.open(path) as picture:
+        few_colors = picture.convert("RGB").quantize(NUM_COLORS)
+    few_colors.save(path, optimize=True)
 
 
 def tabulate(metrics: Mapping[str, Mapping[str, Mapping[str, float]]], name: str) -> pd.DataFrame:

@@ -26,7 +26,7 @@ import pyroflows as pf
 from pyroflows.plots import plot_density
 
 from .command_line import parse, save_figure, tabulate, write_json
-from .toys import TOYS, divergence
+from .toys import TOYS, divergence, to_arviz
 
 NUM_DRAWS = 500_000
 NUM_TEST_POINTS = 100_000
@@ -100,6 +100,8 @@ def main() -> None:
             )
             print(f"{density}, {name}: KL {metrics[density][name]['KL']:.4f}", flush=True)
         draw_picture(density, models, metrics[density], options.out)
+        data = to_arviz(models, TOYS[density], options.seed)
+        data.to_netcdf(options.out / f"{density}.nc")
         write_json(options.out / "metrics.json", metrics)
     print("\nKullback-Leibler divergence from the truth, in nats:")
     print(tabulate(metrics, "KL").round(3).to_string())

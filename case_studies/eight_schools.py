@@ -135,8 +135,8 @@ def draw_pictures(results: dict[str, tuple], exact: Exact, out: Path) -> None:
         points = torch.stack([draws["mu"], draws["tau"].log()], -1).cpu()
         plot_pair(points, reference, labels=("mu", "log tau"), ax=ax)
         ax.set_title(f"{name}\nk-hat {result.khat:.2f}")
-        ax.set_xlim(-10, 20)
-        ax.set_ylim(-4, 4)
+        ax.set(xlim=(-10, 20), ylim=(-4, 4))
+        ax.label_outer()
     save_figure(figure, out / "pair.png")
 
     figure, ax = plt.subplots(figsize=(6, 4))

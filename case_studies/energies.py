@@ -61,8 +61,8 @@ RECIPES = {
     "residual": Recipe("residual", budget=CAREFUL),
     "cnf": Recipe("cnf", budget={"num_steps": 1000, "learning_rate": 2e-3}),
 }
-FAST_GUIDES = ["planar-2", "spline"]
-FAST = {"num_steps": 400, "num_particles": 64, "learning_rate": 5e-3}
+FAST_GUIDES = ["planar-8", "spline"]
+FAST = {"num_steps": 600, "num_particles": 256, "learning_rate": 4e-3}
 
 
 def fit(

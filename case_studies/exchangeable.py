@@ -40,6 +40,7 @@ from .command_line import parse, save_figure, write_json
 
 SHAPE, RATE, STRENGTH = 3.0, 2.0, 1 / 3  # of the prior; its strength counts as so many points
 SIZES = (2, 5, 12, 30)
+NUM_EXACT = 20_000  # draws
 NAMES = ("mean", "log variance")
 TRUTH = {"mean": torch.tensor(1.0), "variance": torch.tensor(0.5)}
 
@@ -85,7 +86,7 @@ def draw_posteriors(learned: dict[int, Tensor], exact: dict[int, Tensor]) -> plt
     )
     for ax, size in zip(axes, SIZES, strict=True):
         plot_pair(learned[size], exact[size], NAMES, ax=ax)
-        ax.plot(TRUTH["mean"], TRUTH["variance"].log(), "+", color="tab:blue", markersize=12)
+        ax.plot(TRUTH["mean"], TRUTH["variance"].log(), "+", color="black", markersize=14)
         ax.set(title=f"{size} points", xlim=(-2, 3), ylim=(-3, 2))
         ax.label_outer()
     return figure
@@ -106,7 +107,7 @@ def main() -> None:
     learned = {
         size: stack(posterior.sample(budget.num_draws, x=x[:size], seed=seed)) for size in SIZES
     }
-    exact = {size: exact_draws(x[:size], budget.num_draws, seed) for size in SIZES}
+    exact = {size: exact_draws(x[:size], NUM_EXACT, seed) for size in SIZES}
     metrics: dict[str, Any] = {
         "simulations": budget.num_simulations,
         "training seconds": seconds,

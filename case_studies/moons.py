@@ -28,7 +28,7 @@ from pyroflows.plots import plot_density, plot_warp
 from pyroflows.transforms import Affine, Compose, Coupling
 
 from .command_line import parse, save_figure, write_json
-from .toys import TOYS, divergence
+from .toys import TOYS, divergence, to_arviz
 
 MOONS = TOYS["moons"]
 LIMITS = ((-4.0, 4.0), (-3.0, 3.0))
@@ -51,18 +51,17 @@ def round_trip_error(flow: pf.Flow, x: Tensor) -> float:
 @torch.no_grad()
 def draw_pictures(flow: pf.Flow, x: Tensor, out: Path) -> None:
     """Draw the density, the forward map of a grid, and the backward map of the data."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.3))
     plot_density(flow.log_prob, LIMITS, device=x.device, ax=axes[0])
     axes[0].set_title("density")
-    plot_warp(flow.transform, device=x.device, ax=axes[1])
-    axes[1].set_title("forward: the grid of [-3, 3]²")
+    plot_warp(flow.transform, lines=19, device=x.device, ax=axes[1])
+    axes[1].set(title="forward: the grid of [-3, 3]²", xlim=LIMITS[0], ylim=LIMITS[1])
     for part, marker in zip(upper_and_lower(x), "ox", strict=True):
         z = flow.transform.inv(part).cpu()
         axes[2].plot(*z.T, marker, color="black", markersize=3, fillstyle="none", linewidth=0)
     for radius in (1, 2, 3):
         axes[2].add_patch(plt.Circle((0, 0), radius, fill=False, linestyle="--"))
-    axes[2].set_aspect("equal")
-    axes[2].set_title("backward: the data")
+    axes[2].set(title="backward: the data", aspect="equal", xlim=LIMITS[0], ylim=LIMITS[1])
     save_figure(figure, out / "moons.png")
 
 
@@ -91,6 +90,7 @@ def main() -> None:
     for name, value in metrics.items():
         print(f"{name}: {value:.3g}")
     write_json(options.out / "metrics.json", metrics)
+    to_arviz({"couplings": flow}, MOONS, options.seed).to_netcdf(options.out / "moons.nc")
     draw_pictures(flow, test[:1000], options.out)
     print("\nwritten:", *sorted(str(path) for path in options.out.iterdir()))
 

@@ -54,6 +54,7 @@ START = (30.0, 1.0)
 TIMES = torch.linspace(2.0, 20.0, 10)
 STEP = 0.025
 NOISE = 0.1
+NUM_WEIGHTED = 20_000  # draws
 
 
 def predator_prey(times: Tensor = TIMES) -> Tensor:
@@ -118,7 +119,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
 
     x = observe(seed)
-    corrected = posterior.correct(x=x, num_samples=2 * budget.num_draws, seed=seed)
+    corrected = posterior.correct(x=x, num_samples=NUM_WEIGHTED, seed=seed)
     weighted = corrected.sample(budget.num_draws, seed=seed)
     learned = stack(posterior.sample(budget.num_draws, x=x, seed=seed))
     exact = stack(weighted)

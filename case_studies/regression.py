@@ -279,6 +279,7 @@ def draw_posteriors(results: dict[str, pf.VariationalPosterior], truth: Truth, o
         plot_pair(points, exact, labels, ax=ax)
         ax.set_title(f"{name}\nk-hat {result.khat:.2f}")
         ax.set(xlim=(low, 1.5), ylim=(-2.5, 2.5))
+        ax.label_outer()
     save_figure(figure, out / "posteriors.png")
 
 

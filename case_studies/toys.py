@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
 import pyroflows as pf
+from pyroflows.arviz import build
 
 CHUNK = 512  # points whose density is computed at a time
 TEST_CHUNK = 10_000  # the same for models
+NUM_EXPORTED = 2000
 NEWTON_STEPS = 10
 
 
@@ -256,3 +259,16 @@ def divergence(model: pf.Flow, toy: Toy, test: Tensor) -> dict[str, float]:
     mean = losses.mean().item()
     error = losses.std().item() / math.sqrt(len(losses))
     return {"NLL": mean, "standard error": error, "KL": mean - toy.entropy}
+
+
+@torch.no_grad()
+def to_arviz(models: Mapping[str, pf.Flow], toy: Toy, seed: int) -> Any:
+    """Return draws of models, and data from the toy that they learned, as an ArviZ object.
+
+    A density has no posterior: new data are what it predicts.
+    """
+    size = torch.Size([1, NUM_EXPORTED])
+    draws = {name: model.sample(size).cpu().numpy() for name, model in models.items()}
+    data = toy.sample(NUM_EXPORTED, seed).numpy()
+    dims = {"data": ["row", "coordinate"], **{name: ["coordinate"] for name in draws}}
+    return build({"posterior_predictive": draws, "observed_data": {"data": data}}, dims=dims)

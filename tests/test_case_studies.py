@@ -7,6 +7,7 @@ import sys
 import arviz as az
 import pytest
 
+from case_studies import __main__ as overview
 from case_studies import densities, eight_schools, energies
 
 
@@ -25,6 +26,69 @@ def test_case_studies_are_listed():
         assert f"python -m case_studies.{name}\n" in listed.stdout
     for tool in ("command_line", "toys", "energy_functions"):
         assert tool not in listed.stdout
+
+
+def test_every_case_study_tells_a_story_with_references():
+    for name in overview.studies():
+        source = (overview.FOLDER / f"{name}.py").read_text()
+        story = source.split('"""')[1]
+        assert "What to look at" in story, name
+        assert "\n[1] " in story, name
+
+
+def test_the_gallery_holds_small_pictures_of_case_studies():
+    gallery = overview.FOLDER.parent / "docs" / "gallery"
+    pictures = [*gallery.glob("*/*")]
+    assert len(pictures) >= 10
+    assert {path.parent.name for path in pictures} <= {*overview.studies()}
+    for picture in pictures:
+        assert picture.suffix == ".png"
+        assert 5000 < picture.stat().st_size <= 150 * 1024, picture
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Record what would be run; case study ``moons`` fails."""
+    recorded = []
+
+    def pretend(command, **_):
+        recorded.append(command)
+        code = int("case_studies.moons" in command)
+        return subprocess.CompletedProcess(command, code, stderr="no moons")
+
+    monkeypatch.setattr(overview.subprocess, "run", pretend)
+    return recorded
+
+
+def call(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["case_studies", *options])
+    overview.main()
+
+
+def test_case_studies_are_run_each_with_its_own_folder(commands, monkeypatch, tmp_path):
+    options = ("--fast", "--seed", "3")
+    call(monkeypatch, "--run", "slcp", "energies", "--out", str(tmp_path), *options)
+    assert [command[1:] for command in commands] == [
+        ["-m", f"case_studies.{name}", "--out", str(tmp_path / name), *options]
+        for name in ("slcp", "energies")
+    ]
+
+
+def test_all_case_studies_are_run_and_failures_told(commands, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="failed: moons"):
+        call(monkeypatch, "--run")
+    assert [command[2] for command in commands] == [
+        f"case_studies.{name}" for name in overview.studies()
+    ]
+    assert "no moons" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--fast",), ("--run", "toys")])
+def test_what_cannot_be_run_is_refused(commands, monkeypatch, capsys, options):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *options)
+    assert not commands
+    assert options[-1] in capsys.readouterr().err
 
 
 def test_the_exact_posterior_of_eight_schools_agrees_with_published_quadrature():
@@ -66,6 +130,8 @@ def test_moons_in_fast_mode(tmp_path):
     assert 0.0 < metrics["KL"] < 0.15
     assert metrics["round trip error"] < 1e-4
     assert (tmp_path / "moons.png").stat().st_size > 5000
+    data = az.from_netcdf(tmp_path / "moons.nc")
+    assert data.posterior_predictive["couplings"].dims == ("chain", "draw", "coordinate")
 
 
 @pytest.mark.slow
@@ -82,6 +148,10 @@ def test_densities_in_fast_mode(tmp_path):
     assert set(metrics) == {"moons"}
     assert 0.0 < metrics["moons"]["spline_coupling"]["KL"] < 0.1
     assert (tmp_path / "moons.png").stat().st_size > 5000
+    data = az.from_netcdf(tmp_path / "moons.nc")
+    assert (
+        data.posterior_predictive["spline_coupling"].shape[1:] == data.observed_data["data"].shape
+    )
 
 
 TARGETS = {
@@ -113,7 +183,7 @@ def test_energies_in_fast_mode(tmp_path):
     assert set(metrics["U2"]) == set(energies.FAST_GUIDES)
     for values in metrics["U2"].values():
         assert values["KL"] > -5 * values["standard error"]
-    assert metrics["U2"]["spline"]["KL"] < metrics["U2"]["planar-2"]["KL"]
+    assert metrics["U2"]["spline"]["KL"] < metrics["U2"]["planar-8"]["KL"]
     assert (tmp_path / "energies.png").stat().st_size > 5000
     assert az.from_netcdf(tmp_path / "U2.nc").posterior["z1"].dims == ("chain", "draw")
 

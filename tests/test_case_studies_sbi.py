@@ -262,7 +262,7 @@ def test_epidemic_in_fast_mode(tmp_path):
 @pytest.mark.slow
 def test_predator_prey_in_fast_mode(tmp_path):
     metrics = run("predator_prey", tmp_path)
-    assert metrics["weighted draws"] == 2000
+    assert metrics["weighted draws"] == predator_prey.NUM_WEIGHTED
     assert metrics["ess"] > 1
     assert set(metrics["summary"]) == set(predator_prey.NAMES)
     assert "log_weight" in az.from_netcdf(tmp_path / "predator_prey.nc").sample_stats

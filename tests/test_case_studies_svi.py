@@ -155,6 +155,7 @@ def test_mixture_in_fast_mode(tmp_path):
     assert fits["ordered"]["share of a < b < c"] == 1
     # A guide in one mode of six falls short by log 6.
     assert fits["plain 1"]["gap"] > 0.5
+    assert fits["cooled 1"]["gap"] < 0.5 * fits["plain 1"]["gap"]
     assert metrics["largest R-hat"]["plain"] > 1.05
     assert (tmp_path / "modes.png").exists()
     assert az.from_netcdf(tmp_path / "mixture.nc").posterior["means"].shape[0] == 2
