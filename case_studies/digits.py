@@ -17,10 +17,11 @@ classifier. Codes of four images are joined along circles, as for RealNVP.
 What to look at, besides the bits: likelihood is a poor judge of what does not belong. Noise and
 inverted digits stand out, but a blank image takes fewer bits than most digits [8], and ones, where
 they were left out of the training, take as few as the digits that were not. An area under the ROC
-curve (AUROC) of 0.5 is chance. Asking how unusual the bits are, either way [9], puts some of this
-right and is no cure. Then the rounding errors of single precision, in levels: the way to the codes
-and back should leave no trace, nor on noise. This takes bounded networks: with SiLU in place of
-tanh, the affine couplings of RealNVP stretch noise beyond the numbers there are [10].
+curve (AUROC) of 0.5 is chance. Asking how unusual the bits are, either way [9], helps with some of
+this and harms elsewhere. Then the rounding errors of single precision, in levels: the way to the
+codes and back leaves no trace on digits, but inverses can explode on what is far from them [10].
+Glow's and the continuous flow's are less exact there; with SiLU in place of tanh, the affine
+couplings of RealNVP stretch noise beyond the numbers there are.
 
 [1] L. Theis, A. van den Oord, M. Bethge. A note on the evaluation of generative models.
     arXiv:1511.01844, 2015.
