@@ -22,14 +22,14 @@ class LOO:
 
     Attributes
     ----------
-    elpd_i : Tensor, shape (*shape)
+    elpd_i : Tensor, shape ``(*shape)``
         Log predictive density of each observation given the others,
         :math:`\log p(y_i | y_{-i})`, in nats.
-    lpd_i : Tensor, shape (*shape)
+    lpd_i : Tensor, shape ``(*shape)``
         The same given all observations, :math:`\log p(y_i | y)`.
-    mcse_i : Tensor, shape (*shape)
+    mcse_i : Tensor, shape ``(*shape)``
         Monte Carlo standard errors of ``elpd_i``.
-    khat : Tensor, shape (*shape)
+    khat : Tensor, shape ``(*shape)``
         Tail index of the importance weights that leave an observation out.
     num_draws : int
         Number of draws.
