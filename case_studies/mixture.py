@@ -6,7 +6,7 @@ posterior has 3! = 6 modes of mass 1/6 each [1]. Which point belongs to which co
 out. The means of a labelling and its mirror images make a hexagon, seen along the diagonal.
 
 Fitted as it stands, a guide settles in part of the hexagon, and what it draws tells it little of
-the rest: in two modes of six its log evidence falls short by log 3. Fits from other starts settle
+the rest: in two modes of six its ELBO falls short by log 3 at least. Fits from other starts settle
 elsewhere, which restarts reveal. A fit that begins at a high temperature sees one broad hill, which
 parts into the modes as it cools. Modes part suddenly, and a guide that has lost one does not get it
 back: it has to see enough of the target at each step, and take small ones. With 1024 draws a step
