@@ -10,10 +10,10 @@ once.
 Equal counts have equal posteriors, so the exact answer is within reach: z is integrated out on a
 grid for each distinct count, loc and scale on another. What to look at: the gap between ELBO and
 log evidence for each datum; the posteriors of new counts in the picture; and the errors of loc and
-scale in units of their posterior standard deviations. These are so small with so many data that the
-noise of minibatches moves the guide by one or two of them, and their ratio of standard deviations
-is off by a factor of up to two: minibatches serve local latent variables better than global ones.
-The rough run (``--fast``) has 2000 counts.
+scale in units of their posterior standard deviations. These are so small with so many data that an
+encoder which is off by a hundredth for all places moves loc by several of them, and the noise of
+minibatches leaves the ratios of standard deviations off by a factor of up to two: minibatches serve
+local latent variables better than global ones. The rough run (``--fast``) has 2000 counts.
 
 [1] D. P. Kingma, M. Welling. Auto-encoding variational Bayes. arXiv:1312.6114, 2013.
 """
