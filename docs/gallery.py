@@ -1,8 +1,7 @@
 """Writes the page of case studies, from the docstrings of the scripts and their pictures.
 
-The pictures lie in `gallery/NAME/`; a study without any is described all the same. To renew them:
-
-    python -m case_studies.NAME --out docs/gallery/NAME
+The pictures lie in `gallery/NAME/`; a study without any is described all the same. To renew them,
+see `gallery/README.md`.
 """
 
 import ast
