@@ -117,14 +117,24 @@ def checked_log_weights(log_weights: Tensor) -> Tensor:
     return checked
 
 
+def tail_size(num_weights: int) -> int:
+    """Return how many of so many weights make up their tail.
+
+    Examples
+    --------
+    >>> tail_size(100), tail_size(10_000)
+    (20, 300)
+    """
+    return math.ceil(min(num_weights / 5, 3 * math.sqrt(num_weights)))
+
+
 def _smooth_tail(log_weights: Tensor, tolerance: float) -> tuple[Tensor, float]:
     """Replace the tail of log weights whose maximum is 0; return them with the tail's shape."""
-    size = len(log_weights)
-    tail_size = math.ceil(min(size / 5, 3 * math.sqrt(size)))
-    if tail_size < _MINIMUM_TAIL:
+    num_in_tail = tail_size(len(log_weights))
+    if num_in_tail < _MINIMUM_TAIL:
         return log_weights, math.inf
     ascending, order = log_weights.sort(stable=True)
-    threshold = max(ascending[-tail_size - 1].item(), _LOG_TINY)
+    threshold = max(ascending[-num_in_tail - 1].item(), _LOG_TINY)
     if -threshold <= tolerance:
         return log_weights, 0.0
     is_tail = ascending > threshold

@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-from ..diagnostics import psis
+from ..diagnostics.psis import psis, tail_size
 from .arrays import as_array
 from .style import axes_or_new, by_label, show_legend, with_styles
 
@@ -85,7 +85,7 @@ class _Tail:
         smoothed, self.khat = psis(torch.from_numpy(self.logs))
         self.smoothed = smoothed.numpy()
         self.log_mean = self.logs[0] + math.log(np.exp(self.logs - self.logs[0]).mean())
-        self.size = math.ceil(min(len(self.logs) / 5, 3 * math.sqrt(len(self.logs))))
+        self.size = tail_size(len(self.logs))
 
     def empirical(self) -> tuple[np.ndarray, np.ndarray]:
         return np.exp(self.logs - self.log_mean), self._shares(1.0)
