@@ -69,9 +69,12 @@ def both_along_path(density: ModelDensity, num_draws: int, power: float = 1.0) -
 
     The first term is the gradient of :math:`\mathrm{KL}(q_\theta \| p)` [1], which leaves guides
     too narrow; the second that of :math:`\mathrm{KL}(p \| q_\theta)` [2], which does not. It fades
-    out where the weights rest on few of the draws. In every other draw one entry of the noise,
-    whichever, is doubled, so that the tails are seen. Wherever the draws lie, there is no noise,
-    and no gradient, where the guide is exact. The value is that of the other half.
+    out where the weights rest on few of the draws.
+
+    That holds for draws of the guide, which hardly see its tails. Here one entry of the noise,
+    whichever, is doubled in half of the draws, and nothing corrects for it: both terms count errors
+    in the tails for more than those divergences do. They still vanish, without noise, where the
+    guide is exact. The value is the negative ELBO of the other half.
 
     Parameters
     ----------

@@ -63,7 +63,7 @@ class Solve:
             raise ValueError(f"tolerance must be positive, got {self.tolerance}")
 
     def __call__(self, velocity: Field, w: Tensor, start: float, end: float) -> Tensor:
-        """Return where points ``(*batch, D)`` at time ``start`` are at time ``end``."""
+        """Return where points ``(*batch, D)`` at time ``start`` are at ``end``, both in [0, 1]."""
         if self.tolerance is not None:
             return self._adaptive(velocity, _nothing, w, start, end)[0]
         for time, after in pairwise(_times(self.num_steps, start, end)):
