@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pyro.distributions as dist
 import pytest
+import scipy.stats
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 import pyroflows as pf
 from pyroflows.distributions import Dequantized, Flow, FlowMixture, image_levels
-from pyroflows.transforms import ActNorm, Permutation
+from pyroflows.transforms import ActNorm, FlowTransform, Logit, Permutation
 
 SHAPE = (1, 2, 2)
 
@@ -178,10 +179,148 @@ def test_impossible_densities_are_refused() -> None:
         Dequantized(flow, 2, margin=0.7)
     with pytest.raises(TypeError, match="flow must be a Flow, got FlowMixture"):
         Dequantized(FlowMixture([Flow(None, pf.flow("realnvp", 2))]), 2)
+    flow = Flow(None, pf.flow("realnvp", SHAPE))
+    with pytest.raises(TypeError, match="noise must be a FlowTransform or None, got Flow"):
+        Dequantized(flow, 2, noise=flow)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"event shape of the flow, \(1, 2, 2\), got \(4,\)"):
+        Dequantized(flow, 2, noise=pf.flow("realnvp", 4, 4))
+    with pytest.raises(ValueError, match="as many entries as the levels, 4, got context_dim=3"):
+        Dequantized(flow, 2, noise=pf.flow("realnvp", SHAPE, 3))
     with pytest.raises(ValueError, match="num_levels must be 8 or None, got 4"):
         uniform(8).bits_per_dim(blobs(5), 4)
     with pytest.raises(ValueError, match="integers from 0 to 3, got 7"):
         uniform(4).bits_per_dim(torch.full((5, *SHAPE), 7))
+
+
+# Learned noise
+
+
+def scattered(shape: tuple[int, ...], seed: int = 0) -> FlowTransform:
+    """Return a flow for noise that is far from even, and differs between levels."""
+    torch.manual_seed(seed)
+    noise = pf.flow("realnvp", shape, math.prod(shape), num_layers=2)
+    with torch.no_grad():
+        for parameter in noise.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return noise
+
+
+def correlated(
+    num_levels: int, noise: FlowTransform | None = None
+) -> tuple[Dequantized, Tensor, Tensor]:
+    """Return a normal density of the logits of two pixels, all their levels, and their log P."""
+    loc, covariance = torch.tensor([0.2, -0.5]), torch.tensor([[1.0, 0.5], [0.5, 1.5]])
+    flow = Flow(dist.MultivariateNormal(loc, covariance), ActNorm(2, initialized=True))
+    density = Dequantized(flow, num_levels, noise=noise)
+    edges = torch.linspace(0, 1, num_levels + 1).unsqueeze(-1).double()
+    points = Logit(1)(edges).squeeze(-1)
+    corners = torch.cartesian_prod(points, points).numpy()
+    below = scipy.stats.multivariate_normal(loc, covariance, abseps=1e-9, releps=1e-9).cdf(corners)
+    cells = torch.as_tensor(below).view(num_levels + 1, -1).diff(dim=0).diff(dim=1)
+    levels = torch.cartesian_prod(*2 * [torch.arange(num_levels)])
+    return density, levels, cells.flatten().log()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("learned", [False, True])
+@torch.no_grad()
+def test_scores_average_to_the_probabilities_of_levels(dtype: torch.dtype, learned: bool) -> None:
+    """Whatever the noise: the mean of p(y) / r(y | v) is the integral of p over the cell."""
+    density, levels, exact = correlated(3, scattered((2,)) if learned else None)
+    density.to(dtype)
+    torch.manual_seed(0)
+    draws = density.score(levels.expand(40_000, 9, 2))
+    assert draws.dtype == dtype
+    ratios = (draws - exact).exp()
+    # Five standard errors of nine averages: false alarms are rarer than one in 100 000, but for
+    # the skewness of the ratios.
+    error = 5 * ratios.std(0) / 40_000**0.5
+    assert error.max() < 0.1
+    assert ((ratios.mean(0) - 1).abs() < error).all()
+    # Their logarithms bound the log-probabilities from below.
+    assert (draws.mean(0) < exact).all()
+
+
+def test_noise_starts_even() -> None:
+    identity = pf.flow("realnvp", SHAPE, 4, num_layers=2)
+    with torch.no_grad():
+        for parameter in identity.parameters():
+            parameter.zero_()
+    flow = Flow(None, ActNorm(SHAPE, initialized=True))
+    levels = torch.randint(8, (50, *SHAPE))
+    scores = []
+    for noise in (None, identity):
+        torch.manual_seed(0)
+        scores.append(Dequantized(flow, 8, noise=noise).score(levels))
+    torch.testing.assert_close(*scores)
+
+
+def test_learned_noise_closes_the_gap_of_a_density_that_is_not_flat_in_its_cells() -> None:
+    torch.manual_seed(0)
+    noise = pf.flow("spline_coupling", (2,), 2, num_layers=2)
+    density, levels, exact = correlated(2, noise)
+    for parameter in density.flow.parameters():
+        parameter.requires_grad_(False)
+
+    @torch.no_grad()
+    def gap(density: Dequantized) -> float:
+        """Return the gap of the bound in nats, averaged over all levels."""
+        return (exact - density.score(levels.expand(2000, 4, 2))).mean().item()
+
+    even = gap(correlated(2)[0])
+    assert even > 0.1
+    assert gap(density) == pytest.approx(even, rel=0.2)  # the noise starts nearly even
+    rows = levels.repeat(200, 1)
+    density.fit(rows, num_steps=200, learning_rate=1e-2, standardize=False, progress=False)
+    assert -0.01 < gap(density) < 0.1 * even
+
+
+def test_more_draws_tighten_the_bound_of_learned_noise() -> None:
+    torch.manual_seed(0)
+    density, levels, exact = correlated(3, scattered((2,)))
+    with torch.no_grad():
+        bits = [density.bits_per_dim(levels.expand(2000, 9, 2), num_draws=k).mean() for k in (1, 8)]
+    assert bits[0] > bits[1] > -exact.mean() / (2 * math.log(2))
+
+
+def test_learned_noise_stays_with_what_is_derived_from_a_density() -> None:
+    noise = scattered(SHAPE)
+    flow = Flow(None, pf.flow("realnvp", SHAPE, 3, num_layers=2))
+    density = Dequantized(flow, 8, noise=noise)
+    assert density.condition(torch.eye(3)).temper(0.5).expand((2, 3)).noise is noise
+    assert density.condition(torch.eye(3)).log_prob(blobs(5).unsqueeze(1)).shape == (5, 3)
+
+
+def test_the_state_holds_the_noise() -> None:
+    def fresh(seed: int) -> Dequantized:
+        flow = Flow(None, pf.flow("realnvp", SHAPE, num_layers=2))
+        return Dequantized(flow, 8, noise=scattered(SHAPE, seed))
+
+    def score(density: Dequantized) -> Tensor:
+        torch.manual_seed(0)
+        return density.score(blobs(20))
+
+    density, other = fresh(0), fresh(1)
+    density.fit(blobs(100), num_steps=5, progress=False)
+    other.load_state_dict(density.state_dict())
+    assert torch.equal(score(density), score(other))
+
+
+def test_learned_noise_is_where_the_parameters_are() -> None:
+    flow = Flow(None, pf.flow("realnvp", SHAPE, num_layers=2))
+    density = Dequantized(flow, 8, noise=scattered(SHAPE)).to("meta")
+    assert density.score(torch.zeros(5, *SHAPE, device="meta")).is_meta
+
+
+def test_gradients_reach_the_noise_and_the_flow() -> None:
+    noise = scattered(SHAPE)
+    density = Dequantized(Flow(None, pf.flow("realnvp", SHAPE, num_layers=2)), 8, noise=noise)
+    density.log_prob(torch.randint(8, (50, *SHAPE))).mean().backward()
+    for name, parameter in density.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    for part in (noise, density.flow.transform):
+        assert all(p.grad.abs().max() > 0 for p in part.parameters())
 
 
 # Arrays of images

@@ -48,6 +48,7 @@ def test_every_registered_flow_is_in_the_table_with_its_times(flow_table: Module
     rows = flow_table.rows()
     assert rows["flow"].tolist() == [f"`{name}`" for name in pf.flows.names()]
     assert not rows.isin(["-"]).any(axis=None)
+    assert not flow_table.rows("image").isin(["-"]).any(axis=None)
 
 
 def test_every_registered_flow_is_in_the_benchmark() -> None:
@@ -171,7 +172,7 @@ def test_the_guide_to_the_verdict_runs_as_it_stands() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["saving.md", "gpu.md"])
+@pytest.mark.parametrize("page", ["saving.md", "gpu.md", "images.md"])
 def test_a_guide_runs_as_it_stands(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

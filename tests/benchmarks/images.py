@@ -1,44 +1,58 @@
-"""Times Glow of this package against that of normflows, on images.
+"""Times flows of images and measures their memory: Glow and RealNVP, and Glow of normflows.
 
-Both have the same scales, steps and networks: convolutions of 3 x 3, 1 x 1 and 3 x 3 pixels with
-`width` channels in between, no class labels. What is timed in turn is a step of maximum
-likelihood, forward and backward, and sampling; the memory is what a step keeps from its forward
-pass for the backward one. Run it from the root of the repository:
+Glow has the same scales, steps and networks in both libraries: convolutions of 3 x 3, 1 x 1 and
+3 x 3 pixels with `width` channels in between, no class labels. They differ where their interfaces
+leave no choice: this package's middle convolution is residual and its kernels are normalised.
+RealNVP has as many couplings for each mask of a scale as Glow has steps.
+
+What is timed in turn is a step of training and drawing as many images as a step sees. A step picks
+images out of an array that `image_levels` has loaded, adds noise, takes logits, goes forward and
+backward, and updates the weights by AdamW. Memory is that of a step's forward pass, kept for the
+backward one, and by how much a process grows at most while it trains, as Linux counts it: this has
+the gradients, the averages of AdamW and what the allocator wastes, but not the array. Run it from
+the root of the repository:
 
     python -m tests.benchmarks.images --csv images.csv
 
-The peer comes with the `bench` extra. The networks differ where their interfaces leave no choice:
-this package's middle convolution is residual and its kernels are normalised.
+The peer comes with the `bench` extra; `--models glow realnvp_image` does without.
 """
 
 import argparse
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 import pyroflows as pf
+from pyroflows.distributions import dequantize, image_levels
+from pyroflows.transforms import Logit
 
 from .libraries import Model
 from .timing import interleave
 
-LIBRARIES = ("pyroflows", "normflows")
+NUM_IMAGES = 5000
+NUM_STEPS = 3  # of a training whose memory is measured; the second has the averages of AdamW
 OPERATIONS = ("train step", "sample")
 
 
-def build_pyroflows(shape: tuple[int, int, int], arguments: argparse.Namespace) -> Model:
-    """Build Glow with a standard normal base."""
+def build_pyroflows(name: str, arguments: argparse.Namespace) -> Model:
+    """Build a flow of this package with a standard normal base."""
     options = {"num_scales": arguments.scales, "num_layers": arguments.layers}
-    flow = pf.Flow(None, pf.flow("glow", shape, width=arguments.width, **options))
+    transform = pf.flow(name, arguments.shape, width=arguments.width, **options)
+    flow = pf.Flow(None, transform)
     return Model(list(flow.parameters()), lambda n: flow.sample(torch.Size([n])), flow.log_prob)
 
 
-def build_normflows(shape: tuple[int, int, int], arguments: argparse.Namespace) -> Model:
+def build_normflows(arguments: argparse.Namespace) -> Model:
     """Build Glow as normflows' documentation does, with bases that have no parameters."""
     import normflows as nf
 
-    channels, height, width = shape
+    channels, height, width = arguments.shape
     bases, flows, merges = [], [], []
     for scale in range(arguments.scales):  # from coarse to fine
         depth = arguments.scales - scale
@@ -54,54 +68,85 @@ def build_normflows(shape: tuple[int, int, int], arguments: argparse.Namespace) 
             merges.append(nf.flows.Merge())
     flow = nf.MultiscaleFlow(bases, flows, merges, class_cond=False)
     with torch.no_grad():
-        flow.log_prob(torch.randn(16, *shape), None)  # initialises its actnorms
+        flow.log_prob(torch.randn(16, *arguments.shape), None)  # initialises its actnorms
     return Model(list(flow.parameters()), flow.sample, lambda x: flow.log_prob(x, None))
 
 
-BUILD: dict[str, Callable[..., Model]] = {
-    "pyroflows": build_pyroflows,
-    "normflows": build_normflows,
+BUILD: dict[str, Callable[[argparse.Namespace], Model]] = {
+    "glow": lambda arguments: build_pyroflows("glow", arguments),
+    "realnvp_image": lambda arguments: build_pyroflows("realnvp_image", arguments),
+    "normflows' Glow": build_normflows,
 }
 
 
-def prepare(operation: str, model: Model, data: Tensor) -> Callable[[], object]:
-    """Return the call to be timed."""
-    if operation == "sample":
-        return torch.no_grad()(lambda: model.sample(len(data)))
+def load(shape: tuple[int, int, int]) -> Tensor:
+    """Return the levels of an array of images, here of noise."""
+    channels, height, width = shape
+    size = (NUM_IMAGES, height, width, channels)
+    return image_levels(np.random.default_rng(0).integers(256, size=size, dtype=np.uint8))
+
+
+def logits(levels: Tensor) -> Tensor:
+    """Return what flows learn: logits of levels with noise."""
+    y, _ = Logit(levels.shape[1:]).forward_and_log_det(dequantize(levels))
+    return y
+
+
+def loss(model: Model, levels: Tensor, batch: int) -> Tensor:
+    """Return the negative log-density of a batch of images."""
+    assert model.log_prob is not None
+    rows = torch.randint(len(levels), (batch,))
+    return -model.log_prob(logits(levels[rows])).mean()
+
+
+def training(model: Model, levels: Tensor, batch: int) -> Callable[[], None]:
+    """Return a step of maximum likelihood."""
+    optimizer = torch.optim.AdamW(model.parameters, 1e-4)
 
     def step() -> None:
-        for parameter in model.parameters:
-            parameter.grad = None
-        assert model.log_prob is not None
-        (-model.log_prob(data.clone()).mean()).backward()
+        optimizer.zero_grad()
+        loss(model, levels, batch).backward()
+        optimizer.step()
 
     return step
 
 
+def prepare(operation: str, model: Model, levels: Tensor, batch: int) -> Callable[[], object]:
+    """Return the call to be timed."""
+    if operation == "sample":
+        return torch.no_grad()(lambda: model.sample(batch))
+    return training(model, levels, batch)
+
+
 def measure(arguments: argparse.Namespace) -> pd.DataFrame:
-    """Return the medians, a row for each operation and a column for each library."""
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    data = torch.randn(arguments.batch, *arguments.shape)
-    models = {name: BUILD[name](tuple(arguments.shape), arguments) for name in LIBRARIES}
-    for name, model in models.items():
-        print(f"{name}: {sum(p.numel() for p in model.parameters)} parameters")
-    rows = {}
+    """Return medians of times, and memory: a row for each, a column for each model."""
+    start(arguments)
+    levels, batch = load(arguments.shape), arguments.batch
+    models = {name: BUILD[name](arguments) for name in arguments.models}
+    rows = {"parameters": {n: sum(p.numel() for p in m.parameters) for n, m in models.items()}}
+    rows["kept for the backward pass (MiB)"] = {
+        name: kept_memory(model, levels, batch) for name, model in models.items()
+    }
     for operation in OPERATIONS:
-        calls = {name: prepare(operation, model, data) for name, model in models.items()}
+        calls = {n: prepare(operation, model, levels, batch) for n, model in models.items()}
         times = interleave(calls, arguments.repeats, arguments.budget)
         rows[f"{operation} (ms)"] = {
             name: 1e3 * pd.Series(taken, dtype=float).median() for name, taken in times.items()
         }
-    rows["memory of a train step (MB)"] = {
-        name: kept_memory(model, data) for name, model in models.items()
+    rows["peak memory of training (MiB)"] = {
+        name: in_fresh_process(grown_memory, name, arguments) for name in models
     }
-    table = pd.DataFrame(rows).T
-    return table.assign(ratio=table["pyroflows"] / table["normflows"])
+    return pd.DataFrame(rows).T
 
 
-def kept_memory(model: Model, data: Tensor) -> float:
-    """Return the megabytes that a training step keeps between its forward and backward pass."""
+def start(arguments: argparse.Namespace) -> None:
+    """Set threads and seed."""
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+
+
+def kept_memory(model: Model, levels: Tensor, batch: int) -> float:
+    """Return the mebibytes that a step of training keeps for its backward pass."""
     sizes = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -110,10 +155,36 @@ def kept_memory(model: Model, data: Tensor) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        assert model.log_prob is not None
-        loss = model.log_prob(data).mean()
-    assert loss.requires_grad  # what is kept is kept by its graph
+        kept = loss(model, levels, batch)
+    assert kept.requires_grad  # what is kept is kept by its graph
     return sum(sizes.values()) / 2**20
+
+
+def in_fresh_process(function: Callable[..., float], *arguments: object) -> float:
+    """Call a function where nothing has been allocated before."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def grown_memory(name: str, arguments: argparse.Namespace) -> float:
+    """Return the mebibytes by which this process grows at most in a few steps of training."""
+    start(arguments)
+    step = training(BUILD[name](arguments), load(arguments.shape), arguments.batch)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peaks so far
+    before = peak_memory()
+    for _ in range(NUM_STEPS):
+        step()
+    return peak_memory() - before
+
+
+def peak_memory() -> float:
+    """Return the most mebibytes that this process has had in memory.
+
+    The figure of `getrusage` would not do: it begins with that of the process that started this.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kibibytes,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+    return int(kibibytes) / 2**10
 
 
 def parse() -> argparse.Namespace:
@@ -124,6 +195,7 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add("--models", nargs="+", choices=BUILD, default=list(BUILD), help="what to measure")
     add("--shape", type=int, nargs=3, default=[3, 32, 32], help="channels, height and width")
     add("--batch", type=int, default=16, help="images of a step")
     add("--layers", type=int, default=8, help="steps of each scale")
@@ -131,7 +203,7 @@ def parse() -> argparse.Namespace:
     add("--width", type=int, default=64, help="channels inside the networks")
     add("--threads", type=int, default=1, help="threads of torch")
     add("--repeats", type=int, default=10, help="timed rounds")
-    add("--budget", type=float, default=120.0, help="seconds for one operation of one library")
+    add("--budget", type=float, default=120.0, help="seconds for one operation of one model")
     add("--csv", help="file for the table")
     return parser.parse_args()
 
@@ -140,9 +212,9 @@ def main() -> None:
     """Run the benchmark and print its table."""
     arguments = parse()
     table = measure(arguments)
-    print(table.round(2).to_string())
+    print(table.map("{:.4g}".format).to_string())
     if arguments.csv:
-        table.to_csv(arguments.csv, index_label="operation")
+        table.to_csv(arguments.csv, index_label="quantity")
 
 
 if __name__ == "__main__":
