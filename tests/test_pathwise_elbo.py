@@ -26,6 +26,10 @@ from pyro.infer.elbo import ELBO
 from torch import Tensor, nn
 
 import pyroflows as pf
+from pyroflows.svi.draws import log_prob_and_score
+from pyroflows.transforms import Affine, Autoregressive, Chain, Compose, Shift, Spline
+from pyroflows.transforms.scalar import ScalarBijection
+from pyroflows.transforms.score import is_autoregressive
 from tests.models import (
     GUIDES,
     HEIGHTS,
@@ -42,6 +46,7 @@ from tests.models import (
 from tests.reference import Flat
 
 Y = HEIGHTS.double()
+BIJECTIONS = (Affine(), Shift(), Spline(bins=4), Chain(Spline(bins=4), Affine()))
 GAUSSIAN_GUIDES = {"diagonal": AutoDiagonalNormal, "full rank": AutoMultivariateNormal}
 
 
@@ -156,6 +161,67 @@ def test_the_mean_gradient_is_the_closed_form_of_all_data(model: Callable) -> No
     estimates = torch.stack([gradient(elbo, model, guide, Y) for _ in range(300)])
     exact = torch.autograd.grad(conjugate_loss(guide.loc, guide.scale), list(guide.parameters()))
     assert_unbiased(estimates, torch.cat(exact))
+
+
+# The score of a flow's draws
+
+
+@pytest.mark.parametrize(
+    ("dim", "context_dim", "hidden_dims"),
+    [(1, 2, (5,)), (2, 0, (8,)), (9, 0, (3,)), (20, 0, (16, 16)), (40, 3, (7, 60, 9))],
+)
+@pytest.mark.parametrize("bijection", BIJECTIONS, ids=repr)
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+def test_scores_of_autoregressive_draws_are_those_by_the_inverse(
+    bijection: ScalarBijection,
+    dim: int,
+    context_dim: int,
+    hidden_dims: tuple[int, ...],
+    activation: type[nn.Module],
+) -> None:
+    torch.manual_seed(1)
+    order = torch.randperm(dim).tolist()
+    layer = Autoregressive(bijection, dim, context_dim, hidden_dims, order, activation)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    x, score, context = torch.randn(3, 4, dim), torch.randn(3, 4, dim), ()
+    if context_dim:
+        context = (torch.randn(4, context_dim),)
+    y, found = layer.forward_and_score(x, score, *context)
+    torch.testing.assert_close(y, layer.forward_and_log_det(x, *context)[0].detach())
+    leaf = y.clone().requires_grad_()
+    back, log_det = layer.inverse_and_log_det(leaf, *context)
+    (expected,) = torch.autograd.grad((back * score).sum() + log_det.sum(), leaf)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("build", GUIDES.values(), ids=GUIDES)
+@pytest.mark.parametrize("remembered", [True, False])
+def test_scores_of_draws_are_gradients_of_the_density(build: Callable, remembered: bool) -> None:
+    model, args = MODELS["nested plates"]
+    guide = build(model)
+    guide(*args)
+    flow = perturb(guide, 0.03).get_posterior()
+    draws = flow.rsample((3,))
+    leaf = draws.detach().clone().requires_grad_()
+    log_prob, score = log_prob_and_score(flow, draws if remembered else draws.clone())
+    expected = flow.log_prob(leaf)
+    torch.testing.assert_close(log_prob, expected.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        score, torch.autograd.grad(expected.sum(), leaf)[0], rtol=1e-5, atol=1e-6
+    )
+    assert not score.requires_grad
+    assert not log_prob.requires_grad
+
+
+def test_a_pass_forward_serves_flows_whose_inverse_is_slow() -> None:
+    iaf, maf = pf.flow("iaf", 3), pf.flow("maf", 3)
+    assert is_autoregressive(iaf)
+    assert is_autoregressive(Compose([pf.flow("realnvp", 3), iaf]))
+    assert is_autoregressive(pf.flow("iaf", 3, context_dim=2).condition(torch.zeros(2)))
+    assert not is_autoregressive(maf)
+    assert not is_autoregressive(pf.flow("realnvp", 3))
 
 
 # No variance where the guide is exact

@@ -14,7 +14,9 @@ from torch import Tensor
 from .. import flows
 from ..distributions import Flow
 from ..guides import AutoFlow
+from ..transforms.score import is_autoregressive
 from .density import ModelDensity
+from .draws import log_prob_and_score
 from .training import clip_outliers
 
 # Draws of a guide hardly show it the tails, which decide how heavy its importance weights are.
@@ -52,6 +54,8 @@ def loss_function(
         # Only densities at fixed draws tell the masses of modes that lie apart; paths have less
         # noise, and cost a third less.
         estimate = both_at_draws if cooling.num_steps else both_along_path
+    elif _has_fast_path(density.guide) and not cooling.num_steps:
+        estimate = both_along_path
     powers = map(cooling.power, itertools.count())
     return lambda: estimate(density, num_particles, next(powers))
 
@@ -132,10 +136,8 @@ def _draw(density: ModelDensity, num_draws: int, power: float, num_stretched: in
     noise = posterior.base_dist.rsample((num_draws,))
     stretched = torch.arange(num_draws, device=noise.device) < num_stretched
     z = posterior.transform(noise * _stretches(noise, num_stretched))
+    log_q, slope = _log_q_and_slope(posterior, z)
     z = clip_outliers(_drop_failures(z, stretched))
-    fixed = z.detach().requires_grad_()
-    log_q = posterior.log_prob(fixed)
-    (slope,) = torch.autograd.grad(log_q.sum(), fixed, retain_graph=True)
     log_p = power * density(z)
     log_weights = (log_p - log_q).detach()
     # Models may fail in tails that guides do not reach: those draws do not count.
@@ -144,6 +146,15 @@ def _draw(density: ModelDensity, num_draws: int, power: float, num_stretched: in
     share = 1 / (num_draws * importance.square().sum())
     along_path = ((z * slope).sum(-1) - log_p).masked_fill(failed, 0.0)
     return _Draws(along_path, log_q, importance, share, -log_weights[num_stretched:].mean())
+
+
+def _log_q_and_slope(posterior: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-density of draws, which do not move, and its gradient in them."""
+    if is_autoregressive(posterior.transform):
+        return log_prob_and_score(posterior, z)  # without an inverse
+    fixed = z.detach().requires_grad_()
+    log_q = posterior.log_prob(fixed)
+    return log_q, torch.autograd.grad(log_q.sum(), fixed, retain_graph=True)[0]
 
 
 def _drop_failures(draws: Tensor, stretched: Tensor) -> Tensor:
@@ -188,7 +199,17 @@ def _posterior(density: ModelDensity) -> Any:
 
 def _has_fast_inverse(guide: AutoContinuous) -> bool:
     """Tell whether the guide's log-density takes one pass and no sampling goes on in it."""
+    spec = _spec(guide)
+    return spec is not None and spec.fast_inverse and spec.fast_forward
+
+
+def _has_fast_path(guide: AutoContinuous) -> bool:
+    """Tell whether draws take one pass, and the gradient of their log-density no inverse."""
+    spec = _spec(guide)
+    return spec is not None and spec.fast_forward and is_autoregressive(guide.transform)
+
+
+def _spec(guide: AutoContinuous) -> flows.FlowSpec | None:
     if not isinstance(guide, AutoFlow) or not isinstance(guide.flow, str):
-        return False
-    spec = flows.spec(guide.flow)
-    return spec.fast_inverse and spec.fast_forward
+        return None
+    return flows.spec(guide.flow)

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
-from pyro.distributions.util import is_identically_one
+from pyro.distributions.util import is_identically_one, scale_and_mask
 from pyro.infer.elbo import ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 from torch import Tensor, nn
 
+from ..distributions import Flow
+from ..guides import AutoFlow
 from .checks import at_least
+from .draws import log_prob_and_score
 from .training import frozen
 
 
@@ -45,10 +48,11 @@ class PathwiseELBO(ELBO):
 
     Takes the place of ``Trace_ELBO`` in ``SVI``, for every autoguide that is one distribution of
     the unconstrained latent vector, and for other guides whose sites are all reparameterised.
-    Pyro's plates, subsampling, scales and masks keep their meaning. A step also evaluates the
-    guide's density at its draws, an inverse pass of a flow: in 16 dimensions it takes about 1.3
-    times as long as one of ``Trace_ELBO`` for ``"realnvp"``, but 3 times for ``"iaf"``, whose
-    inverse goes from dimension to dimension.
+    Pyro's plates, subsampling, scales and masks keep their meaning. A step also finds the slope of
+    the guide's log-density at its draws: by an inverse pass of a flow, or along a second forward
+    pass of autoregressive ones, whose inverse is slow [4]. In 16 dimensions, with 256 to 512 draws
+    on one thread of a CPU, it takes about 1.4 times as long as one of ``Trace_ELBO`` for
+    ``"realnvp"`` and 1.7 times for ``"iaf"``; without the optimizer's part, 1.6 and 2 times.
 
     Parameters
     ----------
@@ -82,6 +86,8 @@ class PathwiseELBO(ELBO):
         `arXiv:2207.08219 <https://arxiv.org/abs/2207.08219>`_, 2022.
     [3] G. Tucker, D. Lawson, S. Gu, C. J. Maddison. Doubly reparameterized gradient estimators for
         Monte Carlo objectives. `arXiv:1810.04152 <https://arxiv.org/abs/1810.04152>`_, 2018.
+    [4] L. Vaitl, L. Winkler, L. Richter, P. Kessel. Fast and unified path gradient estimators for
+        normalizing flows. `arXiv:2403.15881 <https://arxiv.org/abs/2403.15881>`_, 2024.
 
     Examples
     --------
@@ -156,10 +162,40 @@ class PathwiseELBO(ELBO):
                 "flat", self.max_plate_nesting, model, recorder, args, kwargs
             )
         _check_sites(model_trace, guide_trace)
-        fixed = _replay_fixed(guide, recorder.trace, args, kwargs)
-        for name, site in _sample_sites(guide_trace):
-            site["log_prob"] = fixed.nodes[name]["log_prob"]
+        try:
+            _fix_parameters(guide, guide_trace, recorder.trace, args, kwargs)
+        except (KeyError, NotImplementedError) as error:
+            raise ValueError(
+                "the guide's density cannot be evaluated at its draws, for want of an inverse "
+                f"({error}): use a flow of pyroflows, which all have one, or Trace_ELBO"
+            ) from error
         return model_trace, guide_trace
+
+
+def _fix_parameters(
+    guide: Callable,
+    guide_trace: poutine.Trace,
+    unpruned: poutine.Trace,
+    args: tuple,
+    kwargs: dict,
+) -> None:
+    """Let the log-densities of a guide's trace know its draws alone."""
+    if isinstance(poutine.unwrap(guide), AutoFlow):
+        # All sites but that of the flow are functions of its draws.
+        for _, site in _sample_sites(guide_trace):
+            if isinstance(site["fn"], Flow):
+                log_prob = _along_path(site["fn"], site["value"])
+                site["log_prob"] = scale_and_mask(log_prob, site["scale"], site["mask"])
+        return
+    fixed = _replay_fixed(guide, unpruned, args, kwargs)
+    for name, site in _sample_sites(guide_trace):
+        site["log_prob"] = fixed.nodes[name]["log_prob"]
+
+
+def _along_path(flow: Flow, draws: Tensor) -> Tensor:
+    """Return the log-density of draws of a flow, which differentiates along their path alone."""
+    log_prob, score = log_prob_and_score(flow, draws)
+    return log_prob + ((draws - draws.detach()) * score).sum(-1)
 
 
 def _replay_fixed(
@@ -173,14 +209,8 @@ def _replay_fixed(
         replayed.nodes[name] = {**site, "value": site["value"].view_as(site["value"])}
     with frozen(_parameters(guide, trace)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* was not registered in the param store", UserWarning)
-        try:
-            fixed = poutine.trace(poutine.replay(guide, replayed)).get_trace(*args, **kwargs)
-            fixed.compute_log_prob()
-        except (KeyError, NotImplementedError) as error:
-            raise ValueError(
-                "the guide's density cannot be evaluated at its draws, for want of an inverse "
-                f"({error}): use a flow of pyroflows, which all have one, or Trace_ELBO"
-            ) from error
+        fixed = poutine.trace(poutine.replay(guide, replayed)).get_trace(*args, **kwargs)
+        fixed.compute_log_prob()
     return fixed
 
 

@@ -13,6 +13,7 @@ from .base import FlowTransform
 from .layout import batch_first, check_order, entries_first, parameter_planes, sum_entries
 from .scalar import Affine, ScalarBijection
 from .spline import Spline
+from .substitution import image_and_score
 
 
 class Autoregressive(FlowTransform):
@@ -108,6 +109,41 @@ class Autoregressive(FlowTransform):
                 return x, log_det
             x = self._attach_gradient(x, y, context)
         return x, -self.forward_and_log_det(x, context)[1]
+
+    @torch.no_grad()
+    def forward_and_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        r"""Map ``x`` to ``y``, and the score of the density of ``x`` to that of ``y``.
+
+        The score :math:`s = \partial_x \log q(x)` becomes the solution of
+        :math:`J^T u = s - \partial_x \log|\det J|`. Takes a forward pass of the network, and a
+        backward pass spread over ``D`` steps. Records no gradients.
+
+        Parameters
+        ----------
+        x, score
+            Shape ``(*batch, D)``.
+        context
+            Shape ``(*batch, context_dim)``.
+        """
+        x = self._check(x, context)
+        batch_shape = x.shape[:-1]
+        y, score = image_and_score(
+            self.network,
+            self.bijection,
+            self._by_rank(x),
+            self._by_rank(score.expand(x.shape)),
+            context,
+            batch_shape,
+        )
+        return self._by_entry(y, batch_shape), self._by_entry(score, batch_shape)
+
+    def _by_rank(self, x: Tensor) -> Tensor:
+        return entries_first(x).index_select(0, self.network.order)
+
+    def _by_entry(self, rows: Tensor, batch_shape: torch.Size) -> Tensor:
+        return batch_first(rows.index_select(0, self.network.rank), batch_shape)
 
     def _needs_gradient(self, y: Tensor, context: Tensor | None) -> bool:
         sources = (y, *self.parameters(), *(() if context is None else (context,)))
