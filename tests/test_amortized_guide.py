@@ -200,7 +200,7 @@ def test_draws_visit_all_data_in_order_and_once() -> None:
         seen.clear()
         assert guide.sample(2, DATA, batch)["z"].shape == (2, 8)
         assert [len(rows) for rows in seen] == sizes
-        rows = torch.cat(seen) * guide.feature_scale + guide.feature_loc
+        rows = torch.cat(seen) * guide.local.feature_scale + guide.local.feature_loc
         assert torch.allclose(rows, DATA.unsqueeze(-1), atol=1e-5)
 
 
@@ -308,8 +308,8 @@ def test_plates_around_the_observations_of_a_datum() -> None:
     for groups_first in (True, False):
         guide = small(model, encoder=nn.Identity())
         trace = poutine.trace(guide).get_trace(table, groups_first)
-        assert guide.feature_loc.shape == (3,)
-        minibatch = guide._read((table, groups_first), {})
+        assert guide.local.feature_loc.shape == (3,)
+        minibatch = guide.reader.read((table, groups_first), {})
         assert torch.equal(minibatch.features, table[minibatch.index])
         assert trace.nodes["mean"]["value"].shape == ((2, 1) if groups_first else (2,))
         elbo = pf.PathwiseELBO(num_particles=5, vectorize_particles=True)
@@ -347,7 +347,7 @@ def test_features_replace_what_is_observed() -> None:
         small(model)(covariate, 3)
     guide = small(model, features=lambda index, c, _: torch.stack([c[index], DATA[index]], -1))
     assert guide(covariate, 3)["z"].shape == (3,)
-    assert guide.feature_loc.shape == (2,)
+    assert guide.local.feature_loc.shape == (2,)
     with pytest.raises(ValueError, match=r"features must return .* \(3, F\)"):
         small(model, features=lambda index, c, _: c[index])(covariate, 3)
 
@@ -363,10 +363,10 @@ def test_integer_data_and_standardised_features() -> None:
 
     guide = small(model)
     guide(20)
-    assert guide.feature_loc.shape == (1,)  # no latent variable in disguise
+    assert guide.local.feature_loc.shape == (1,)  # no latent variable in disguise
     # 1000 draws of 0..199, sd 58: five standard errors of a mean are 9.
-    assert abs(guide.feature_loc.item() - 99.5) < 10
-    assert abs(guide.feature_scale.item() - 57.7) < 7
+    assert abs(guide.local.feature_loc.item() - 99.5) < 10
+    assert abs(guide.local.feature_scale.item() - 57.7) < 7
 
 
 def test_enumerated_sites_are_left_to_the_elbo() -> None:
@@ -428,11 +428,11 @@ def test_state_dict_into_a_fresh_guide(model: Callable) -> None:
 def test_a_deep_copy_is_independent() -> None:
     guide = perturbed(small(), DATA)
     other = copy.deepcopy(guide)
-    before = guide.state_dict()["local_transform.parts.3.loc"].clone()
+    before = guide.state_dict()["local.transform.parts.3.loc"].clone()
     pyro.clear_param_store()
     train(other, 3, DATA, 4)
-    assert torch.equal(guide.state_dict()["local_transform.parts.3.loc"], before)
-    assert not torch.equal(other.state_dict()["local_transform.parts.3.loc"], before)
+    assert torch.equal(guide.state_dict()["local.transform.parts.3.loc"], before)
+    assert not torch.equal(other.state_dict()["local.transform.parts.3.loc"], before)
     del guide
     assert other(DATA)["z"].shape == (8,)
 

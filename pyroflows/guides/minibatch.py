@@ -1,21 +1,20 @@
-"""What a guide reads of a plate: the data of a minibatch, and the latent sites of each datum."""
+"""The data of a plate, as a guide reads them through its model: a minibatch, or all in turn."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+
+NUM_FIRST_DATA = 1000  # that features are standardised by
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,103 @@ class Minibatch:
             return pyro.plate(frame.name, frame.full_size, subsample=self.index, dim=frame.dim)
 
 
-@dataclass(frozen=True)
-class LocalSite:
-    """Describe a latent site for one datum.
+class PlateReader:
+    """Read the features of the data in a plate by running the model, without gradients.
 
-    ``dim`` is that of the plate, ``shape`` that of the unconstrained value.
+    Parameters
+    ----------
+    model
+        A Pyro model.
+    plate
+        Name of the plate.
+    features
+        Returns the features ``(B, F)`` for the indices of ``B`` data and the arguments of the
+        model. Default: what the model observes of each datum.
     """
 
-    name: str
-    support: constraints.Constraint
-    event_dim: int
-    dim: int
-    shape: torch.Size
+    def __init__(self, model: Callable, plate: str, features: Callable[..., Tensor] | None) -> None:
+        if not isinstance(plate, str):
+            raise TypeError(f"plate must be the name of a plate, got {type(plate).__name__}")
+        if features is not None and not callable(features):
+            raise TypeError(f"features must be a callable, got {type(features).__name__}")
+        self.model = model
+        self.plate = plate
+        self.features = features
+
+    @torch.no_grad()
+    def read(self, args: tuple, kwargs: Mapping[str, Any]) -> Minibatch:
+        """Run the model for the data of a minibatch; handlers outside see nothing but its indices.
+
+        They record these for the model, or bring them back in a replay.
+        """
+        run = poutine.block(poutine.trace(self.model).get_trace, expose_fn=self._is_index)
+        trace = run(*args, **kwargs)
+        sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
+        inside = [site for site in sites if frame_of(site, self.plate)]
+        if not inside:
+            plates = [site["name"] for site in sites if site_is_subsample(site)]
+            raise ValueError(
+                f"plate must name one that holds sites of the model, got {self.plate!r}; the "
+                f"model's plates: {plates}"
+            )
+        frame, index = frame_of(inside[0], self.plate), trace.nodes[self.plate]["value"]
+        if not frame.vectorized:
+            raise ValueError(
+                f"plate {self.plate!r} is sequential: write 'with pyro.plate({self.plate!r}, ...)'"
+            )
+        if self.features is None:
+            return Minibatch(frame, index, _observed_features(inside, frame))
+        features = self.features(index, *args, **kwargs)
+        if features.dim() != 2 or len(features) != frame.size:
+            raise ValueError(
+                f"features must return a tensor of shape ({frame.size}, F), a row for each index, "
+                f"got one of shape {tuple(features.shape)}"
+            )
+        return Minibatch(frame, index, features)
+
+    def sweep(self, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[Minibatch]:
+        """Yield all data of the plate, in pieces of the size of the model's minibatch."""
+        start, size = 0, 1
+        while start < size:
+            with poutine.block(), Consecutive(self.plate, start) as consecutive:
+                minibatch = self.read(args, kwargs)
+            frame = minibatch.frame
+            yield replace(minibatch, features=minibatch.features[: frame.full_size - start])
+            start += frame.size
+            size = frame.full_size if consecutive.has_chosen else 0
+
+    def read_all(self, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        """Return the features ``(N, F)`` of all data of the plate."""
+        minibatches = list(self.sweep(args, kwargs))
+        features = torch.cat([minibatch.features for minibatch in minibatches])
+        full_size = minibatches[0].frame.full_size
+        if len(features) != full_size:
+            raise ValueError(
+                f"the model fixes {len(features)} of the {full_size} indices of plate "
+                f"{self.plate!r}: leave the choice to pyro.plate(..., subsample_size=...)"
+            )
+        return features
+
+    def moments(
+        self, minibatch: Minibatch, args: tuple, kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean and the standard deviation of the features of about 1000 data."""
+        frame, rows = minibatch.frame, [minibatch.features]
+        with poutine.block():
+            while frame.size < frame.full_size and len(rows) * frame.size < NUM_FIRST_DATA:
+                rows.append(self.read(args, kwargs).features)
+        features = torch.cat(rows).double()
+        if not bool(features.isfinite().all()):
+            raise ValueError(
+                f"the data of plate {self.plate!r} hold NaN or infinities, which the encoder "
+                "cannot read: give features=..., a function that returns finite ones"
+            )
+        deviation, mean = torch.std_mean(features, dim=0, correction=0)
+        # What does not vary is only shifted.
+        return mean, torch.where(deviation > 0, deviation, 1.0)
+
+    def _is_index(self, msg: dict) -> bool:
+        return msg["name"] == self.plate and site_is_subsample(msg)
 
 
 class Consecutive(Messenger):
@@ -72,7 +156,7 @@ def frame_of(msg: Mapping[str, Any], plate: str) -> Any:
     return next((frame for frame in msg["cond_indep_stack"] if frame.name == plate), None)
 
 
-def observed_features(sites: list[dict], frame: CondIndepStackFrame) -> Tensor:
+def _observed_features(sites: list[dict], frame: CondIndepStackFrame) -> Tensor:
     """Return what sites in a plate observe of each of its ``B`` data, of shape ``(B, F)``."""
     columns = []
     for site in sites:
@@ -94,49 +178,3 @@ def observed_features(sites: list[dict], frame: CondIndepStackFrame) -> Tensor:
             "features=..., a function that returns what is known of each datum"
         )
     return torch.cat(columns, -1)
-
-
-def local_site(site: Mapping[str, Any], plate: str) -> LocalSite:
-    """Describe a latent site; raise ``ValueError`` where a flow of each datum cannot draw it."""
-    name, fn, frame = site["name"], site["fn"], frame_of(site, plate)
-    if fn.support.is_discrete:
-        raise ValueError(
-            f"site {name!r} is discrete ({type(fn).__name__}): mark it for enumeration with "
-            "infer={'enumerate': 'parallel'} and use TraceEnum_ELBO, or sum it out"
-        )
-    plates = [other.name for other in site["cond_indep_stack"]]
-    if len(plates) > 1 or fn.batch_shape.numel() != frame.size:
-        raise ValueError(
-            f"site {name!r} in plates {plates} has batch shape {tuple(fn.batch_shape)}: local "
-            f"variables may lie in plate {plate!r} alone; make further dimensions part of the "
-            "event with .to_event()"
-        )
-    axis = frame.dim - fn.event_dim
-    with helpful_support_errors(site):
-        shape = biject_to(fn.support).inv(site["value"]).shape[len(fn.batch_shape) :]
-    return LocalSite(name, _of_one_datum(fn.support, axis, name), fn.event_dim, frame.dim, shape)
-
-
-def _of_one_datum(part: Any, axis: int, name: str) -> Any:
-    """Reduce a support, whose tensors may have an axis of data, to that of each single datum."""
-    if isinstance(part, Tensor) and part.dim() >= -axis:
-        first = part.narrow(axis, 0, 1)
-        if not torch.equal(first.expand_as(part), part):
-            raise ValueError(
-                f"the support of site {name!r} differs between data: sample a variable of fixed "
-                "support instead, and compute the site from it"
-            )
-        return first.clone()
-    if isinstance(part, list | tuple):
-        return type(part)(_of_one_datum(entry, axis, name) for entry in part)
-    if isinstance(part, constraints.Constraint):
-        part = copy.copy(part)
-        for key, value in vars(part).items():
-            part.__dict__[key] = _of_one_datum(value, axis, name)
-    return part
-
-
-def initial_loc(site: Mapping[str, Any]) -> Tensor:
-    """Return the mean over all data of a site's unconstrained value."""
-    value = biject_to(site["fn"].support).inv(site["value"])
-    return value.reshape(site["fn"].batch_shape.numel(), -1).mean(0)

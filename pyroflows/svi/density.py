@@ -55,6 +55,12 @@ class ModelDensity:
         data hold NaN or infinities; the message names the site.
     """
 
+    min_weighted_draws = 0  # fewer are not weighted
+    remedies = (
+        "Try more steps, a more flexible flow (pf.AutoSpline, num_layers, hidden_dims), "
+        "pf.cover_mass(result), or a reparametrised model."
+    )
+
     def __init__(
         self,
         model: Callable,
@@ -62,16 +68,20 @@ class ModelDensity:
         args: tuple = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(guide, AutoContinuous):
-            raise TypeError(
-                "guide must be an AutoContinuous, such as pf.AutoRealNVP(model) or Pyro's "
-                f"AutoMultivariateNormal(model), got {type(guide).__name__}"
-            )
+        self._check_guide(guide)
         self.model = model
         self.guide = guide
         self.args = tuple(args)
         self.kwargs = dict(kwargs or {})
         self._set_up()
+
+    @staticmethod
+    def _check_guide(guide: Any) -> None:
+        if not isinstance(guide, AutoContinuous):
+            raise TypeError(
+                "guide must be an AutoContinuous, such as pf.AutoRealNVP(model) or Pyro's "
+                f"AutoMultivariateNormal(model), or a pf.AmortizedFlow, got {type(guide).__name__}"
+            )
 
     @torch.no_grad()
     def _set_up(self) -> None:
@@ -82,7 +92,7 @@ class ModelDensity:
             start = self.guide._init_loc()
             trace = poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
             check_shapes(trace, self.sites)
-            self.plate_nesting, self.has_enumeration = _structure(trace)
+            self.plate_nesting, self.has_enumeration = structure(trace)
             self.prototype = self.trace(start.unsqueeze(0), vectorized=False, sum_out=False)
         check_sites(self.prototype, self.sites, self.data_sites)
         self.vectorized = self._can_vectorize(start)
@@ -153,6 +163,18 @@ class ModelDensity:
             )
         return torch.cat(parts, -1), torch.stack(log_dets).sum(0)
 
+    @property
+    def unconstrained_shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of the sites' parts of an unconstrained vector, in their order."""
+        return self.guide._unconstrained_shapes
+
+    @torch.no_grad()
+    def draw_prior(self, num_draws: int) -> list[poutine.Trace]:
+        """Draw all sites from the prior, data too; return a trace of all draws, or one of each."""
+        if self.vectorized:
+            return [self._run(self.without_data(), {}, num_draws, False)]
+        return [self._run(self.without_data(), {}, None, False) for _ in range(num_draws)]
+
     def deterministic(self, z: Tensor) -> dict[str, Tensor]:
         """Return the values ``(S, *site_shape)`` of deterministic sites at vectors ``(S, D)``."""
         if not any(map(is_deterministic, self.prototype.nodes.values())):
@@ -204,7 +226,7 @@ class ModelDensity:
         args, kwargs = pytree.tree_map_only(
             Tensor, lambda t: t.to(device), (self.args, self.kwargs)
         )
-        return ModelDensity(self.model, guide, args, kwargs)
+        return type(self)(self.model, guide, args, kwargs)
 
     def trace(
         self,
@@ -226,20 +248,36 @@ class ModelDensity:
         sum_out
             Whether sites marked for enumeration take all their values, or are drawn.
         """
+        values = self._latent_values(z, vectorized)
+        num_particles = len(z) if vectorized else None
+        return self._run(model or self.model, values, num_particles, sum_out)
+
+    def _latent_values(self, z: Tensor, vectorized: bool) -> dict[str, Tensor]:
+        """Return the values of latent sites, with room for the model's plates if vectorized."""
         nesting = self.plate_nesting if vectorized else 0
-        data = {
+        return {
             site["name"]: biject_to(site["fn"].support)(value)
             for site, value in self._unpack(z if vectorized else z[0], nesting)
         }
-        program = poutine.condition(model or self.model, data)
+
+    def _run(
+        self,
+        model: Callable,
+        values: Mapping[str, Tensor],
+        num_particles: int | None,
+        sum_out: bool,
+    ) -> poutine.Trace:
+        """Run a model at values of its latent sites, in a plate of particles unless ``None``."""
+        program = poutine.condition(model, values)
         if self.has_enumeration and sum_out:
             program = poutine.enum(program, first_available_dim=-2 - self.plate_nesting)
         # Far from the posterior a density may be NaN, which our callers handle; Pyro would raise
         # or warn.
         with poutine.block(), pyro.validation_enabled(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered ", UserWarning)
-            if vectorized:
-                program = pyro.plate(PARTICLES, z.shape[0], dim=-1 - nesting)(program)
+            if num_particles is not None:
+                particles = pyro.plate(PARTICLES, num_particles, dim=-1 - self.plate_nesting)
+                program = particles(program)
             trace = poutine.trace(program).get_trace(*self.args, **self.kwargs)
             trace = prune_subsample_sites(trace)
             trace.compute_log_prob()
@@ -290,7 +328,7 @@ def is_deterministic(site: dict) -> bool:
     return site["type"] == "sample" and bool(site["infer"].get("_deterministic"))
 
 
-def _structure(trace: poutine.Trace) -> tuple[int, bool]:
+def structure(trace: poutine.Trace) -> tuple[int, bool]:
     """Return how deep plates nest in a model and whether it has sites to enumerate."""
     sites = [site for site in trace.nodes.values() if site["type"] == "sample"]
     frames = [frame for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]

@@ -8,14 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from .density import (
     CHUNK,
-    PARTICLES,
     ModelDensity,
     is_deterministic,
     per_particle,
@@ -141,20 +138,13 @@ def _collect(
 
 def _prior_groups(density: ModelDensity, num_draws: int) -> Groups:
     """Draw from the prior, of latent and observed sites alike."""
-    model = density.without_data()
     prototype = density.prototype.nodes
     latent = [*density.sites, *(n for n, site in prototype.items() if is_deterministic(site))]
     observed = list(density.data_sites)
-    runs = 1 if density.vectorized else num_draws
-    with poutine.block():
-        if density.vectorized:
-            model = pyro.plate(PARTICLES, num_draws, dim=-1 - density.plate_nesting)(model)
-        traces = [
-            poutine.trace(model).get_trace(*density.args, **density.kwargs) for _ in range(runs)
-        ]
+    traces = density.draw_prior(num_draws)
 
     def values(names: list[str]) -> dict[str, np.ndarray]:
-        size = num_draws // runs
+        size = num_draws // len(traces)
         return as_chain(
             {
                 name: torch.cat(
@@ -171,7 +161,7 @@ def _prior_groups(density: ModelDensity, num_draws: int) -> Groups:
 
 
 def _unconstrained(density: ModelDensity, z: Tensor) -> dict[str, Tensor]:
-    shapes = density.guide._unconstrained_shapes
+    shapes = density.unconstrained_shapes
     sizes = [shape.numel() for shape in shapes.values()]
     parts = zip(shapes.items(), z.split(sizes, -1), strict=True)
     return {name: part.reshape(len(z), *shape) for (name, shape), part in parts}

@@ -11,10 +11,12 @@ import torch
 from pyro.infer.autoguide import AutoContinuous, AutoDiagonalNormal, AutoMultivariateNormal
 from torch import Tensor
 
-from ..guides import AutoFlow
+from ..guides import AmortizedFlow, AutoFlow
+from . import amortized
 from .checks import at_least
 from .density import ModelDensity
 from .objective import Cooling, loss_function
+from .plate_density import PlateDensity
 from .posterior import VariationalPosterior
 from .training import train
 from .warm_start import Gaussian, fit_gaussian
@@ -27,7 +29,7 @@ NUM_DRAWS = 10_000
 
 def fit(
     model: Callable,
-    guide: AutoContinuous,
+    guide: AutoContinuous | AmortizedFlow,
     args: tuple = (),
     kwargs: Mapping[str, Any] | None = None,
     num_steps: int | None = None,
@@ -38,7 +40,7 @@ def fit(
     learning_rate: float = LEARNING_RATE,
     warm_start: bool = True,
     initial_temperature: float = 1.0,
-    num_draws: int = NUM_DRAWS,
+    num_draws: int | None = None,
 ) -> VariationalPosterior:
     r"""Fit a guide to the posterior of a model, and say how good the answer is.
 
@@ -56,19 +58,26 @@ def fit(
     until the ELBO has converged, and decays. Steps that are not finite, or after which the ELBO has
     collapsed, are undone. Finally fresh draws from the guide are weighted against the model.
 
+    A :class:`pyroflows.AmortizedFlow` starts as it is and is fitted by
+    :class:`pyroflows.PathwiseELBO`, to minibatches where the model subsamples the plate, all
+    ``num_steps`` of them, because their scatter hides whether the ELBO still rises. Its draws are
+    then weighted against all data, a minibatch after the other. They are fewer the more data there
+    are. Fewer than 1000 draws, by default in more than 5000 latent dimensions, give the ELBO with
+    its standard error, but neither k-hat nor log evidence, which are NaN: the verdict says so.
+
     Parameters
     ----------
     model
         A Pyro model.
     guide
         An autoguide over the unconstrained latent vector: any :class:`pyroflows.AutoFlow`, or
-        Pyro's ``AutoMultivariateNormal`` and its like.
+        Pyro's ``AutoMultivariateNormal`` and its like; or a :class:`pyroflows.AmortizedFlow`.
     args, kwargs
         Arguments of the model.
     num_steps
         Largest number of steps. Default: 4000; most fits stop earlier.
     num_particles
-        Draws per step. Default: 256.
+        Draws per step. Default: 256; for an ``AmortizedFlow`` 8, of all data of a minibatch.
     seed
         Makes the result reproducible; the global random state is left alone.
     progress
@@ -77,14 +86,16 @@ def fit(
         Peak learning rate of Adam.
     warm_start
         Whether guides start from the best normal distribution; turn it off to go on with a guide
-        that has been fitted before.
+        that has been fitted before. An ``AmortizedFlow`` always goes on.
     initial_temperature
         The temperature :math:`T \ge 1` to start at: the target is :math:`p(z, y)^{1 / T}`, whose
         modes have merged if :math:`T` is high enough, and cools to :math:`p(z, y)` over the first
         half of the steps. For posteriors of several modes, which fits at :math:`T = 1` lose all but
-        one of; choose a flow that can part them, such as ``pf.AutoSpline``. Default: 1.
+        one of; choose a flow that can part them, such as ``pf.AutoSpline``. Default: 1, the only
+        one for an ``AmortizedFlow``.
     num_draws
-        Number of weighted draws behind the verdict.
+        Number of weighted draws behind the verdict. Default: 10 000; for an ``AmortizedFlow`` as
+        many of these as hold five million numbers, but 20 at least.
 
     Returns
     -------
@@ -94,7 +105,7 @@ def fit(
     Raises
     ------
     TypeError
-        If the guide is not an ``AutoContinuous``.
+        If the guide is neither an ``AutoContinuous`` nor an ``AmortizedFlow``.
     ValueError
         If a number is out of range, the guide cannot handle the model, or the log-density is not
         finite at the start.
@@ -105,6 +116,11 @@ def fit(
     -----
     UserWarning
         If k-hat is above 0.7: the message is the verdict. If steps had to be undone.
+
+    Notes
+    -----
+    An ``AmortizedFlow`` cannot be tempered, and takes no model with discrete sites to sum out: for
+    these, use ``SVI`` with ``TraceEnum_ELBO``.
 
     References
     ----------
@@ -126,33 +142,48 @@ def fit(
     2.0
     """
     num_steps = at_least("num_steps", num_steps, NUM_STEPS)
-    num_particles = at_least("num_particles", num_particles, NUM_PARTICLES)
-    num_draws = at_least("num_draws", num_draws, NUM_DRAWS, minimum=2)
+    is_amortized = isinstance(guide, AmortizedFlow)
+    default_particles = amortized.NUM_PARTICLES if is_amortized else NUM_PARTICLES
+    num_particles = at_least("num_particles", num_particles, default_particles)
+    if num_draws is not None:
+        num_draws = at_least("num_draws", num_draws, NUM_DRAWS, minimum=2)
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
     if not 1 <= initial_temperature < math.inf:
         raise ValueError(
             f"initial_temperature must be at least 1 and finite, got {initial_temperature}"
         )
+    if is_amortized and initial_temperature != 1:
+        raise ValueError(
+            f"initial_temperature must be 1 for an AmortizedFlow, got {initial_temperature}"
+        )
     if not callable(model):
         raise TypeError(f"model must be a callable, got {type(model).__name__}")
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
-        density = ModelDensity(model, guide, args, kwargs)
-        cooling = Cooling(initial_temperature, num_steps // 2)
-        if warm_start and density.vectorized:  # one at a time, it would take minutes
-            _start_from_gaussian(lambda z: cooling.power(0) * density(z), guide, seed)
-        parameters = [p for p in guide.parameters() if p.requires_grad] + density.parameters()
-        losses = train(
-            loss_function(density, num_particles, cooling),
-            parameters,
-            num_steps,
-            learning_rate,
-            progress,
-            cooling.num_steps,
-        )
-        result = VariationalPosterior.from_guide(density, losses, num_draws, seed)
-    if not result.is_reliable:
+        density: ModelDensity
+        if is_amortized:
+            density = PlateDensity(model, guide, args, kwargs)
+            losses = amortized.train_amortized(
+                density, num_steps, num_particles, learning_rate, progress
+            )
+            num_draws = num_draws or amortized.affordable_draws(density, NUM_DRAWS)
+        else:
+            density = ModelDensity(model, guide, args, kwargs)
+            cooling = Cooling(initial_temperature, num_steps // 2)
+            if warm_start and density.vectorized:  # one at a time, it would take minutes
+                _start_from_gaussian(lambda z: cooling.power(0) * density(z), guide, seed)
+            parameters = [p for p in guide.parameters() if p.requires_grad] + density.parameters()
+            losses = train(
+                loss_function(density, num_particles, cooling),
+                parameters,
+                num_steps,
+                learning_rate,
+                progress,
+                cooling.num_steps,
+            )
+        result = VariationalPosterior.from_guide(density, losses, num_draws or NUM_DRAWS, seed)
+    if result.is_weighted and not result.is_reliable:
         warnings.warn(result.verdict, stacklevel=2)
     return result
 

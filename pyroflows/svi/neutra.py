@@ -149,7 +149,7 @@ class _BaseDensity:
         try:
             self.base = density.guide.get_base_dist()
             self.transform = density.guide.get_transform(*density.args, **density.kwargs)
-        except NotImplementedError:
+        except (AttributeError, NotImplementedError):
             raise TypeError(
                 "result must be that of a guide with a transform, such as pf.AutoRealNVP or "
                 f"Pyro's AutoMultivariateNormal, got one of {type(density.guide).__name__}"

@@ -56,6 +56,9 @@ class VariationalPosterior:
     log_evidence, log_evidence_standard_error
         Estimate of the log evidence by importance sampling, in nats.
 
+    Where there are fewer than 1000 draws of an :class:`pyroflows.AmortizedFlow`, because the data
+    are many, ``khat``, ``ess``, ``log_evidence``, and all that rests on weights, is NaN.
+
     Examples
     --------
     >>> import pyro, pyro.distributions as dist, pyroflows as pf
@@ -95,12 +98,16 @@ class VariationalPosterior:
             return cls(density, losses, *weighted_draws(density, num_draws))
 
     def _assess(self) -> None:
-        weights = without_nan(self.log_weights)
-        self.log_weights_psis, self.khat = psis(weights)
-        self.log_weights_psis = self.log_weights_psis.double()
-        weights = weights.double()
+        weights = without_nan(self.log_weights).double()
         self.elbo = weights.mean().item()
         self.elbo_standard_error = (weights.std() / len(weights) ** 0.5).item()
+        if not self.is_weighted:
+            self.log_weights_psis = torch.full_like(weights, math.nan)
+            self.khat = self.ess = self._largest_log_weight = math.nan
+            self.log_evidence = self.log_evidence_standard_error = math.nan
+            return
+        self.log_weights_psis, self.khat = psis(without_nan(self.log_weights))
+        self.log_weights_psis = self.log_weights_psis.double()
         self.ess = effective_sample_size(self.log_weights_psis)
         self.log_evidence, self.log_evidence_standard_error = log_evidence(weights)
         self._largest_log_weight = weights.max().item() - self.log_evidence
@@ -118,6 +125,14 @@ class VariationalPosterior:
     @property
     def verdict(self) -> str:
         """Say in words whether to trust the answer, and what to do if not."""
+        if not self.is_weighted:
+            return (
+                f"k-hat was not computed: it takes {self.density.min_weighted_draws} draws of all "
+                f"{self.draws.shape[-1]} latent dimensions, which grow with the data; there are "
+                f"{len(self.draws)}, unless num_draws asks for more. The ELBO, {self.elbo:.1f} "
+                f"with standard error {self.elbo_standard_error:.1f}, is a lower bound on the log "
+                "evidence: see whether longer fits and larger guides raise it."
+            )
         # Where all weights are nearly equal, the shape of their tail says nothing.
         if self.khat < KHAT_GOOD or self._largest_log_weight < EQUAL_LOG_WEIGHTS:
             return (
@@ -131,9 +146,13 @@ class VariationalPosterior:
             )
         return (
             f"The guide misses part of the posterior (k-hat = {self.khat:.2f}, above 0.7): even "
-            "weighted answers are unreliable. Try more steps, a more flexible flow (pf.AutoSpline, "
-            "num_layers, hidden_dims), pf.cover_mass(result), or a reparametrised model."
+            f"weighted answers are unreliable. {self.density.remedies}"
         )
+
+    @property
+    def is_weighted(self) -> bool:
+        """Tell whether the draws are enough for importance weights, and what rests on these."""
+        return len(self.draws) >= self.density.min_weighted_draws
 
     @property
     def is_reliable(self) -> bool:
@@ -163,10 +182,12 @@ class VariationalPosterior:
         Raises
         ------
         ValueError
-            If ``num_samples`` is less than 1.
+            If ``num_samples`` is less than 1, or there are no weights to resample by.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        if resample:
+            self._check_weights("sample without resample=True")
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -235,8 +256,10 @@ class VariationalPosterior:
         Raises
         ------
         ValueError
-            If there is no such site, or its observations are not independent or scaled.
+            If there is no such site, its observations are not independent or scaled, or there are
+            no weights.
         """
+        self._check_weights("compare ELBOs, or the likelihood of data that were held out")
         values, dims = pointwise_log_likelihood(self.density, self.draws, site)
         return loo(values, without_nan(self.log_weights), dims)
 
@@ -265,7 +288,8 @@ class VariationalPosterior:
         Raises
         ------
         TypeError
-            If the guide or the model's arguments cannot be written that way.
+            If the guide or the model's arguments cannot be written that way; an ``AmortizedFlow``
+            cannot, but its ``state_dict()`` can.
         ValueError
             If ``path`` cannot be written.
         """
@@ -322,6 +346,8 @@ class VariationalPosterior:
         >>> result.to_arviz()["log_likelihood"]["x"].dims
         ('chain', 'draw', 'item')
         """
+        if resample:
+            self._check_weights("convert without resample=True")
         groups = weighted_groups(self, resample, num_prior_draws, seed)
         return assemble(self.density, groups, self.attributes(), dims, coords)
 
@@ -336,6 +362,13 @@ class VariationalPosterior:
             "num_steps": len(self.losses),
             "inference_library": "pyroflows",
         }
+
+    def _check_weights(self, instead: str) -> None:
+        if not self.is_weighted:
+            raise ValueError(
+                f"importance weights take {self.density.min_weighted_draws} draws, got "
+                f"{len(self.draws)}: fit with a larger num_draws, or {instead}"
+            )
 
     def _sites(self) -> dict[str, list[int]]:
         return {name: list(site["value"].shape) for name, site in self.density.sites.items()}

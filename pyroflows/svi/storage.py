@@ -98,6 +98,11 @@ def read(path: str | Path, model: Callable, required: Sequence[str]) -> Stored:
 
 def _describe_guide(guide: nn.Module) -> dict[str, Any]:
     name = type(guide).__name__
+    if isinstance(guide, guides.AmortizedFlow):
+        raise TypeError(
+            "an AmortizedFlow reads data through its model and cannot be saved: save "
+            "guide.state_dict() and load it into a new guide of the same model"
+        )
     if _GUIDES.get(name) is not type(guide):
         raise TypeError(f"guide must be one of {sorted(_GUIDES)} to be saved, got {name}")
     if not isinstance(guide, guides.AutoFlow):

@@ -30,6 +30,7 @@ def train(
     learning_rate: float,
     progress: bool = True,
     num_annealed: int = 0,
+    stop_early: bool = True,
 ) -> Tensor:
     """Minimise a stochastic loss by Adam and return its values, one a step.
 
@@ -38,14 +39,15 @@ def train(
     running norm. Where a step is not finite or the loss has diverged, the parameters go back to
     the best snapshot and the learning rate is halved, with a warning. An interrupt (Ctrl-C) ends
     the loop early and keeps what was learned. In the first ``num_annealed`` steps the loss itself
-    is changing: it has diverged then if it leaps, and says nothing of convergence.
+    is changing: it has diverged then if it leaps, and says nothing of convergence. Without
+    ``stop_early`` all steps are made.
 
     Raises
     ------
     FloatingPointError
         If this keeps happening.
     """
-    run = _Run(parameters, num_steps, learning_rate, num_annealed)
+    run = _Run(parameters, num_steps, learning_rate, num_annealed, stop_early)
     with torch.enable_grad(), tqdm(total=num_steps, disable=not progress, desc="fit") as bar:
         try:
             while not run.is_over():
@@ -72,11 +74,12 @@ class _Run:
         num_steps: int,
         learning_rate: float,
         num_annealed: int,
+        stop_early: bool,
     ) -> None:
         self.parameters = parameters
         self.learning_rate = learning_rate
         self.num_annealed = num_annealed
-        self.schedule = Schedule(num_steps, num_annealed)
+        self.schedule = Schedule(num_steps, num_annealed, stop_early)
         self.optimizer = torch.optim.Adam(parameters, learning_rate)
         self.clip = _RelativeClip()
         self.losses: list[float] = []
@@ -141,9 +144,10 @@ class _Run:
 class Schedule:
     """Say how large a step is: warm up, hold until converged, decay."""
 
-    def __init__(self, num_steps: int, num_annealed: int = 0) -> None:
+    def __init__(self, num_steps: int, num_annealed: int = 0, stop_early: bool = True) -> None:
         self.num_steps = num_steps
         self.num_annealed = num_annealed
+        self.stop_early = stop_early
         self.warm_up = min(WARM_UP_STEPS, num_steps // 10)
         self.decay_start = math.ceil(num_steps / (1 + DECAY_FRACTION))
         self.end = num_steps
@@ -160,8 +164,8 @@ class Schedule:
     def is_over(self, losses: Sequence[float]) -> bool:
         """Tell whether all steps are done; begin the decay early if the loss has converged."""
         step = len(losses)
-        settled = losses[self.num_annealed :]
-        if step % CHECK_INTERVAL == 0 and step < self.decay_start and has_converged(settled):
+        is_held = step % CHECK_INTERVAL == 0 and step < self.decay_start
+        if self.stop_early and is_held and has_converged(losses[self.num_annealed :]):
             self.decay_start = step
             self.end = min(self.num_steps, step + math.ceil(DECAY_FRACTION * step))
         return step >= self.end
