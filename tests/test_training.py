@@ -275,6 +275,24 @@ def test_losses_that_stay_bad_are_an_error() -> None:
     assert loss.parameter.item() == 5.0
 
 
+def test_a_snapshot_that_is_bad_itself_is_given_up() -> None:
+    """The last steps before step 100 ruin the parameter, which the median there does not show."""
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    calls = iter(range(10_000))
+
+    def loss() -> Tensor:
+        if next(calls) == 98:
+            with torch.no_grad():
+                parameter.fill_(1e4)
+        return 0.5 * parameter.square().sum()
+
+    with pytest.warns(UserWarning, match="went back") as caught:
+        losses = train(loss, [parameter], 400, 1e-2, progress=False)
+    steps = [str(warning.message).split("went back to step ")[1] for warning in caught]
+    assert [step.split()[0] for step in steps] == ["100", "50"]
+    assert losses[-50:].mean() < 1.0
+
+
 def test_losses_that_diverge_are_brought_back() -> None:
     """After 100 good steps the loss jumps by far more than its scatter and stays there."""
     parameter = nn.Parameter(torch.tensor([5.0]))

@@ -84,7 +84,8 @@ class _Run:
         self.clip = _RelativeClip()
         self.losses: list[float] = []
         self.recoveries = 0
-        self.best = _Snapshot(self.parameters, self.optimizer)
+        self.best = self.second = _Snapshot(self.parameters, self.optimizer)
+        self.restored: _Snapshot | None = None
 
     def is_over(self) -> bool:
         """Tell whether all steps are done."""
@@ -122,6 +123,7 @@ class _Run:
             self._keep(min(median, self.best.loss), deviation)
 
     def _keep(self, loss: float, deviation: float) -> None:
+        self.second = self.best
         self.best = _Snapshot(self.parameters, self.optimizer, len(self.losses), loss, deviation)
 
     def _recover(self, reason: str) -> None:
@@ -133,6 +135,9 @@ class _Run:
                 "learning rate: look for log-densities that overflow, lower learning_rate, raise "
                 "num_particles, or use float64"
             )
+        if self.restored is self.best:  # it led nowhere: the last of its steps were bad already
+            self.best = self.second
+        self.restored = self.best
         warnings.warn(
             f"{reason} at step {step}: went back to step {self.best.step} and halved the learning "
             "rate",
