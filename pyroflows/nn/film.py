@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYER_NORM_EPS = 1e-5
+
+Block: TypeAlias = tuple[nn.Linear, nn.Linear, tuple[Tensor, Tensor, Tensor]]
 
 
 class FiLMNetwork(nn.Module):
@@ -86,8 +88,8 @@ class FiLMNetwork(nn.Module):
         """Return outputs ``(*batch, output_dim)``; time and context broadcast to the batch."""
         modulations = self._modulations(time, context)
         hidden = self.input(x)
-        for i, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
-            scale, shift, gate = modulations[..., 3 * i : 3 * i + 3, :].unbind(-2)
+        blocks = zip(self.first, self.second, modulations, strict=True)
+        for first, second, (scale, shift, gate) in blocks:
             normalised = F.layer_norm(hidden, (self.width,), eps=LAYER_NORM_EPS)
             inner = self.dropout(F.silu(first(torch.addcmul(shift, normalised, 1 + scale))))
             hidden = torch.addcmul(hidden, 1 + gate, second(inner))
@@ -99,26 +101,31 @@ class FiLMNetwork(nn.Module):
         For outputs as large as the input, and without dropout. Carries the derivatives along all
         ``D`` entries through the network at once: costs ``O(D)`` evaluations.
         """
-        modulations = self._modulations(time, context).unsqueeze(-3)
+        modulations = [
+            [part.unsqueeze(-2) for part in parts] for parts in self._modulations(time, context)
+        ]
         hidden = self.input(x).unsqueeze(-2)
         tangent = self.input.weight.T.contiguous().expand(*x.shape, self.width)
-        for i, layers in enumerate(zip(self.first, self.second, strict=True)):
-            first, second = cast(tuple[nn.Linear, nn.Linear], layers)
-            scale, shift, gate = modulations[..., 3 * i : 3 * i + 3, :].unbind(-2)
+        for layers in zip(self.first, self.second, modulations, strict=True):
+            first, second, (scale, shift, gate) = cast(Block, layers)
             normalised, slope = _layer_norm(hidden, tangent)
             inner = first(torch.addcmul(shift, normalised, 1 + scale))
-            slope = F.linear(slope * (1 + scale), first.weight) * _silu_slope(inner)
+            slope = F.linear(slope * (1 + scale), first.weight) * silu_slope(inner)
             hidden = torch.addcmul(hidden, 1 + gate, second(F.silu(inner)))
             tangent = torch.addcmul(tangent, 1 + gate, F.linear(slope, second.weight))
-        return (tangent * _silu_slope(hidden) * self.output.weight).sum((-1, -2))
+        return (tangent * silu_slope(hidden) * self.output.weight).sum((-1, -2))
 
-    def _modulations(self, time: Tensor, context: Tensor | None) -> Tensor:
+    def _modulations(self, time: Tensor, context: Tensor | None) -> list[tuple[Tensor, ...]]:
+        """Return scale, shift and gate of each block, ``(*batch, width)``."""
         angles = time.unsqueeze(-1) * self.frequencies
         condition = self.time(torch.cat([angles.sin(), angles.cos()], -1))
         if self.context is not None:
             condition = condition + self.context(context)
         condition = F.silu(self.condition_hidden(F.silu(condition)))
-        return self.modulation(condition).unflatten(-1, (3 * len(self.first), self.width))
+        all_parts = self.modulation(condition).unflatten(-1, (3 * len(self.first), self.width))
+        # Gradients of slices are as large as what they are cut from; those of this are not.
+        parts = all_parts.unbind(-2)
+        return [parts[i : i + 3] for i in range(0, len(parts), 3)]
 
 
 def _layer_norm(hidden: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,6 +138,7 @@ def _layer_norm(hidden: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
     return normalised, torch.addcmul(centred, along, normalised, value=-1) * rate
 
 
-def _silu_slope(x: Tensor) -> Tensor:
+def silu_slope(x: Tensor) -> Tensor:
+    """Return the derivative of SiLU."""
     sigmoid = x.sigmoid()
     return sigmoid * (1 + x * (1 - sigmoid))

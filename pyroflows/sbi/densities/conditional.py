@@ -80,6 +80,9 @@ class ConditionalDensity(nn.Module):
         self.standardizer.fit(x)
         self.linear.fit(z, self.features(self.standardizer(x if self.takes_subsets else seen)))
 
+    def begin(self, z: Tensor, x: Any, num_steps: int, seed: int, progress: bool) -> None:
+        """Learn what comes before the training, in about a quarter of its steps: here nothing."""
+
     @property
     def context_dim(self) -> int:
         """Return the size of the summary of an observation."""

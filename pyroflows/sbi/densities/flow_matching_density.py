@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,10 +11,12 @@ from torch import Tensor, nn
 from ...nn.film import FiLMNetwork
 from ..model.observations import ObservationSpace
 from .coupling import coupling_of
+from .marginals import Marginals
+from .matching import frozen_noise, squared_error, standard_rate
 from .time_sampling import TIME_SAMPLINGS
 from .velocity_density import VelocityDensity
 
-VALIDATION_REPEATS = 4
+MARGINAL_SHARE = 4  # the marginals get a fourth of the steps of the network
 CONDITION_WEIGHT = 100.0
 
 
@@ -27,8 +28,8 @@ class FlowMatchingDensity(VelocityDensity):
     .. math:: \mathrm{E} \left\| v(t, (1 - t) \epsilon + t w, x) - (w - \epsilon) \right\|^2 ,
         \qquad t \sim U(0, 1), \quad \epsilon \sim \mathcal{N}(0, I) ,
 
-    and its flow from ``t = 0`` to ``t = 1`` maps noise to the posterior [1]. It starts as the exact
-    field of a standard normal ``w``, to which a network adds.
+    and its flow from ``t = 0`` to ``t = 1`` maps noise to the posterior [1]. It starts as the field
+    of each parameter alone, see :class:`Marginals`, to which a network adds.
 
     Parameters
     ----------
@@ -47,6 +48,10 @@ class FlowMatchingDensity(VelocityDensity):
         coupling, as the field to learn depends on it.
     condition_weight
         Weight of the summaries in the assignment.
+    marginals
+        Whether to learn the fields of single parameters first. Else, with optimal transport, and
+        for vectors of which any entries may be missing, it starts as the exact field of a standard
+        normal ``w``.
     mixed_precision
         Whether networks compute in bfloat16 in training: faster on GPUs. Validation, draws and
         densities keep the precision of the weights.
@@ -71,6 +76,7 @@ class FlowMatchingDensity(VelocityDensity):
         time_sampling: str = "uniform",
         coupling: str = "independent",
         condition_weight: float = CONDITION_WEIGHT,
+        marginals: bool = True,
         mixed_precision: bool = False,
         **solver: Any,
     ) -> None:
@@ -82,48 +88,66 @@ class FlowMatchingDensity(VelocityDensity):
         self.draw_times = TIME_SAMPLINGS[time_sampling]
         self.couple = coupling_of(coupling, condition_weight)
         self.mixed_precision = mixed_precision
+        # Transport sees all parameters: it leaves no field of one alone.
+        alone = marginals and coupling == "independent" and not self.takes_subsets
+        self.marginals = Marginals(dim) if alone else None
         self.network = FiLMNetwork(dim, dim, self.context_dim, width, num_blocks, dropout=dropout)
+
+    def begin(self, z: Tensor, x: Tensor, num_steps: int, seed: int, progress: bool) -> None:
+        if self.marginals is None:
+            return
+        features = self.features(self.standardizer(self.masking.frozen(x, seed=0)))
+        w, prediction = self.linear.whiten(z, features), self._prediction(features)
+        self.marginals.fit(w, prediction, max(1, num_steps // MARGINAL_SHARE), seed, progress)
+
+    def summary(self, standard: Tensor) -> Tensor:
+        """Return the embedding, and behind it, for the marginals, the linear prediction."""
+        embedding = self.embedding(standard)
+        if self.marginals is None:
+            return embedding
+        return torch.cat([embedding, self._prediction(self.features(standard))], -1)
+
+    def _prediction(self, features: Tensor) -> Tensor:
+        """Return what the regression predicts, in the units of ``w``."""
+        return -self.linear.whiten(features.new_zeros(self.dim), features)
 
     def velocity(self, time: Tensor, w: Tensor, summary: Tensor) -> Tensor:
         """Return the velocity of ``w``; time and summary broadcast to its batch."""
-        return _rate(time).unsqueeze(-1) * w + self.network(w, time, summary)
+        if self.marginals is None:
+            return standard_rate(time).unsqueeze(-1) * w + self.network(w, time, summary)
+        embedding, prediction = self._parts(summary)
+        start = self.marginals.velocity(time, w, prediction)
+        return start + self.network(w, time, embedding)
 
     def divergence(self, time: Tensor, w: Tensor, summary: Tensor) -> Tensor:
-        return self.dim * _rate(time) + self.network.divergence(w, time, summary)
+        if self.marginals is None:
+            return self.dim * standard_rate(time) + self.network.divergence(w, time, summary)
+        embedding, prediction = self._parts(summary)
+        start = self.marginals.divergence(time, w, prediction)
+        return start + self.network.divergence(w, time, embedding)
+
+    def _parts(self, summary: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the embedding and the prediction."""
+        return summary[..., : -self.dim], summary[..., -self.dim :]
 
     def score(self, z: Tensor, x: Tensor) -> Tensor:
         """Return minus the squared error of the velocity at a random time, one number a row."""
         standard = self.standardizer(x)
         w = self.linear.whiten(z, self.features(standard))
         with self._precision(w.device):
-            summary = self.embedding(standard)
+            summary = self.summary(standard)
             if self.training:
                 time, noise = self.draw_times(w[:, 0]), torch.randn_like(w)
                 return -self._squared_error(w, summary, time, noise)
-            errors = [self._squared_error(w, summary, *noise) for noise in _frozen_noise(w)]
+            errors = [self._squared_error(w, summary, *noise) for noise in frozen_noise(w)]
             return -torch.stack(errors).mean(0)
 
     def _squared_error(self, w: Tensor, summary: Tensor, time: Tensor, noise: Tensor) -> Tensor:
         noise = self.couple(noise, w, summary.detach())
-        between = torch.lerp(noise, w, time.unsqueeze(-1))
-        return (self.velocity(time, between, summary) - (w - noise)).square().sum(-1)
+        return squared_error(self._field(summary), w, time, noise)
 
     def _precision(self, device: torch.device) -> AbstractContextManager:
         """Return the context that networks compute in; what they give is added to full numbers."""
         if self.training and self.mixed_precision:
             return torch.autocast(device.type, torch.bfloat16)
         return nullcontext()
-
-
-def _rate(time: Tensor) -> Tensor:
-    """Return the field, over ``w``, whose flow leaves a normal variable as it is at both ends."""
-    return (2 * time - 1) / (time.square() + (1 - time).square())
-
-
-def _frozen_noise(w: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield times and noise that are the same at each validation, times evenly spread."""
-    generator = torch.Generator().manual_seed(0)
-    for i in range(VALIDATION_REPEATS):
-        time = (torch.rand(len(w), generator=generator) + i) / VALIDATION_REPEATS
-        noise = torch.randn(w.shape, generator=generator)
-        yield time.to(w), noise.to(w)

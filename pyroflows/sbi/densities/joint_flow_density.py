@@ -55,7 +55,7 @@ class JointFlowDensity(FlowMatchingDensity):
     def __init__(self, dim: int, observations: ObservationSpace, **options: Any) -> None:
         total = dim + observations.size
         conditions = ObservationSpace({"all": torch.Size([total])}, missing="random")
-        super().__init__(total, conditions, None, **options)
+        super().__init__(total, conditions, None, marginals=False, **options)
         self.num_parameters = dim
         self.standardizer = InvertibleStandardizer(total)
         self.linear = JointGaussian(total)

@@ -101,6 +101,10 @@ class VelocityDensity(ConditionalDensity):
         other._set_solver(**{**now, **options})
         return other
 
+    def summary(self, standard: Tensor) -> Tensor:
+        """Return what the field sees of standardised observations."""
+        return self.embedding(standard)
+
     def velocity(self, time: Tensor, w: Tensor, summary: Tensor) -> Tensor:
         """Return the velocity of ``w``; time and summary broadcast to its batch."""
         raise NotImplementedError
@@ -112,7 +116,7 @@ class VelocityDensity(ConditionalDensity):
     @torch.no_grad()
     def sample(self, num_samples: int, x: Tensor) -> Tensor:
         standard = self.standardizer(x)
-        summary = self.embedding(standard)
+        summary = self.summary(standard)
         noise = torch.randn(num_samples, *summary.shape[:-1], self.dim).to(summary)
         w = self.carry(noise, summary)
         return self.linear.colour(w, self.features(standard))
@@ -140,7 +144,7 @@ class VelocityDensity(ConditionalDensity):
         if not times or any(a >= b for a, b in pairwise(times)) or times[0] < 0 or times[-1] > 1:
             raise ValueError(f"times must ascend between 0 and 1, and be one at least, got {times}")
         standard = self.standardizer(x)
-        summary = self.embedding(standard)
+        summary = self.summary(standard)
         w = torch.randn(num_samples, *summary.shape[:-1], self.dim).to(summary)
         states = []
         for start, end in pairwise((0.0, *times)):
@@ -162,7 +166,7 @@ class VelocityDensity(ConditionalDensity):
         features = self.features(standard)
         parts = [
             self.solve.integrate(self._field(s), self._divergences(s, w), w, 0.0, 1.0)
-            for w, s in _parts(noise, self.embedding(standard), self._num_rows)
+            for w, s in _parts(noise, self.summary(standard), self._num_rows)
         ]
         w, change = (torch.cat(part) for part in zip(*parts))
         log_det = change.mean(-1).reshape(noise.shape[:-1])
@@ -193,7 +197,7 @@ class VelocityDensity(ConditionalDensity):
         w = self.linear.whiten(z, features)
         parts = [
             self.solve.integrate(self._field(s), self._divergences(s, w), w, 1.0, 0.0)
-            for w, s in _parts(w, self.embedding(standard), self._num_rows)
+            for w, s in _parts(w, self.summary(standard), self._num_rows)
         ]
         noise, changes = (torch.cat(part) for part in zip(*parts))
         changes = changes.reshape(*w.shape[:-1], changes.shape[-1])
@@ -213,7 +217,7 @@ class VelocityDensity(ConditionalDensity):
             tolerance=None if self.solve.tolerance is None else self.solve.tolerance / 16,
         )
         standard = self.standardizer(x)
-        features, summary = self.features(standard), self.embedding(standard)
+        features, summary = self.features(standard), self.summary(standard)
         noise = torch.randn(num_samples, *summary.shape[:-1], self.dim).to(summary)
         one, other = self.carry(noise, summary), finer.carry(noise, summary)
         change = ((one - other) / other.std(0)).abs()

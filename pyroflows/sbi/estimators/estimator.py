@@ -207,6 +207,12 @@ class Estimator:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(settings.seed)
             density = self.density(self.space.dim, self.observations, len(rows)).to(self.device)
+
+            def prepare() -> None:
+                density.prepare(training.data, training.context)
+                assert rows.context is not None
+                density.begin(rows.data, rows.context, settings.num_steps, settings.seed, progress)
+
             fit = maximize_likelihood(
                 _Trained(density, masking),
                 rows,
@@ -215,7 +221,7 @@ class Estimator:
                 None,
                 progress,
                 checkpoint,
-                prepare=lambda: density.prepare(training.data, training.context),
+                prepare=prepare,
             )
         return density, fit
 
