@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import pyroflows as pf
 from pyroflows.distributions import standard_normal
+from pyroflows.nn import Asinh
 from pyroflows.svi.density import ModelDensity
 from tests.models import (
     GUIDES,
@@ -125,6 +126,7 @@ def test_paths_are_strings_or_paths(as_string: bool, tmp_path: Path) -> None:
         {"hidden_dims": [5, 6]},
         {"hidden_dims": (5,)},
         {"activation": nn.SiLU},
+        {"activation": Asinh},
         {"bins": 5, "bound": 2.5},
     ],
     ids=str,
@@ -247,7 +249,7 @@ def test_file_is_safetensors_and_json(tmp_path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     content = json.loads(metadata["json"])
-    assert metadata["format"] == "pyroflows.VariationalPosterior/1"
+    assert metadata["format"] == "pyroflows.VariationalPosterior/2"
     assert content["guide"]["class"] == "AutoRealNVP"
     assert content["guide"]["options"] == {"num_layers": 2, "hidden_dims": [8]}
     assert torch.equal(tensors["draws"], result.draws)
@@ -442,7 +444,7 @@ def test_pickles_are_refused_unread(save: Callable, tmp_path: Path) -> None:
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "pyroflows.Other/1"}])
 def test_foreign_files_are_an_error(metadata: dict | None, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "result", metadata=metadata)
-    with pytest.raises(ValueError, match=r"must hold a pyroflows\.VariationalPosterior/1"):
+    with pytest.raises(ValueError, match=r"must hold a pyroflows\.VariationalPosterior/2"):
         pf.load(tmp_path / "result", gaussian)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..nn import Asinh
 from .auto_flow import AutoFlow
 
 
@@ -50,6 +51,8 @@ class AutoSpline(AutoFlow):
     """Approximate a posterior by spline couplings, see :func:`pyroflows.flows.spline_coupling`.
 
     Sampling and log-density take one pass. Takes the arguments of :class:`AutoFlow` but ``flow``.
+    The networks go on growing far out in the tails (``activation``, by default
+    :class:`pyroflows.nn.Asinh`), where scales of posteriors do.
 
     Examples
     --------
@@ -62,7 +65,7 @@ class AutoSpline(AutoFlow):
     """
 
     def __init__(self, model: Callable, **options: Any) -> None:
-        super().__init__(model, flow="spline_coupling", **options)
+        super().__init__(model, flow="spline_coupling", **{"activation": Asinh, **options})
 
 
 class AutoIAF(AutoFlow):

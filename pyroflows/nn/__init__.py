@@ -1,5 +1,6 @@
 """Networks used inside flows."""
 
+from .activation import Asinh
 from .block_linear import BlockLinear
 from .convolution import ConvolutionalNetwork
 from .hypernetwork import Hypernetwork
@@ -10,6 +11,7 @@ from .velocity import VelocityField
 
 __all__ = [
     "MLP",
+    "Asinh",
     "BlockLinear",
     "ConvolutionalNetwork",
     "Hypernetwork",

@@ -14,9 +14,11 @@ from pyro.infer.autoguide import AutoContinuous, AutoDiagonalNormal, AutoMultiva
 from torch import Tensor, nn
 
 from .. import guides, tensor_file
+from ..nn import activation as activations
 
-FORMAT = "pyroflows.VariationalPosterior/1"
+FORMAT = "pyroflows.VariationalPosterior/2"
 
+_ACTIVATIONS = {"torch.nn": nn, "pyroflows.nn": activations}
 _GUIDES = {
     cls.__name__: cls
     for cls in (
@@ -127,8 +129,9 @@ def _build_guide(description: Mapping[str, Any], model: Callable) -> Any:
 
 def _encode_option(key: str, value: Any) -> Any:
     name = getattr(value, "__name__", "")
-    if name and getattr(nn, name, None) is value:
-        return {"torch.nn": name}
+    for room, module in _ACTIVATIONS.items():
+        if name and getattr(module, name, None) is value:
+            return {room: name}
     if isinstance(value, str | int | float | bool | None):
         return value
     if isinstance(value, list | tuple | range) and all(isinstance(v, int | float) for v in value):
@@ -139,10 +142,12 @@ def _encode_option(key: str, value: Any) -> Any:
 def _decode_option(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    activation = getattr(nn, value["torch.nn"], None)
-    if not (inspect.isclass(activation) and issubclass(activation, nn.Module)):
-        raise ValueError(f"the file names an unknown activation {value['torch.nn']!r}")
-    return activation
+    for room, module in _ACTIVATIONS.items():
+        activation = getattr(module, str(value.get(room)), None)
+        if inspect.isclass(activation) and issubclass(activation, nn.Module):
+            return activation
+    (name,) = value.values()
+    raise ValueError(f"the file names an unknown activation {name!r}")
 
 
 def _encode(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
