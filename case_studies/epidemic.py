@@ -136,7 +136,7 @@ def draw_prediction(predicted: Tensor, x: Tensor) -> plt.Figure:
 
 def observe(seed: int) -> Tensor:
     """Simulate the counts that are given, at known rates."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         return pyro.condition(epidemic, data=TRUTH)()
 

@@ -58,7 +58,7 @@ def exact_draws(x: Tensor, num_draws: int, seed: int = 0) -> Tensor:
     number, average = len(x), x.mean()
     strength = STRENGTH + number
     spread = (x - average).square().sum() + STRENGTH * number / strength * average.square()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         variance = dist.InverseGamma(SHAPE + number / 2, RATE + spread / 2).sample((num_draws,))
         location = number * average / strength
@@ -101,7 +101,7 @@ def main() -> None:
     posterior = estimator.fit(num_simulations=budget.num_simulations, seed=seed, **budget.training)
     seconds = time.perf_counter() - start
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         x = pyro.condition(normal_points, data=TRUTH)()
     learned = {

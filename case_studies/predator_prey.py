@@ -81,7 +81,7 @@ def populations(rates: dict[str, Tensor], times: Tensor = TIMES) -> Tensor:
 def observe(seed: int) -> Tensor:
     """Simulate the counts that are given, at known rates."""
     truth = {name: torch.tensor(value) for name, value in TRUTH.items()}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         return pyro.condition(predator_prey, data=truth)()
 

@@ -95,7 +95,7 @@ def exact_draws(
 
 def observe(seed: int) -> Tensor:
     """Simulate the points that are given, at known parameters."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         return pyro.condition(slcp, data={"theta": TRUTH})()
 

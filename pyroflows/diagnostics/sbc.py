@@ -24,6 +24,8 @@ from pyroflows.diagnostics.ecdf import (
 from pyroflows.diagnostics.entries import entry_names
 from pyroflows.diagnostics.export import to_arviz
 
+from ..random_state import seeded
+
 _MINIMUM_PER_BIN = 5
 
 
@@ -298,8 +300,7 @@ def sbc(
     size = _num_pairs(simulations)
     generator = torch.Generator().manual_seed(seed)
     batches = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         for start in range(0, size, batch_size):
             rows = slice(start, start + batch_size)
             x = {name: value[rows] for name, value in simulations.observations.items()}

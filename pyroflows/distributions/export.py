@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..random_state import seeded
 from .maximum_likelihood import Rows
 
 if TYPE_CHECKING:
@@ -113,8 +114,7 @@ def density_to_arviz(
 
 def _replicates(density: Flow | FlowMixture, rows: Rows, num_replicates: int, seed: int) -> Tensor:
     """Draw data sets ``(num_replicates, N, *event_shape)``, of the same contexts."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         if rows.context is None:
             return density.sample((num_replicates, len(rows)))
         return density.condition(rows.context).sample((num_replicates,))

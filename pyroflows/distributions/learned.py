@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..random_state import preserved
 from .export import density_to_arviz
 from .maximum_likelihood import (
     DensityFit,
@@ -209,7 +210,7 @@ class LearnedDensity:
             raise ValueError("the density has no parameters to learn")
         rows = self.rows(data, context, like)
         training, validation = split(rows, validation_fraction, seed)
-        with torch.random.fork_rng(), torch.enable_grad():
+        with preserved(), torch.enable_grad():
             return maximize_likelihood(
                 self,
                 training,

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ..diagnostics import SBC, ranks, symmetry_p_values
 from ..diagnostics.entries import entry_names
 from ..diagnostics.export import to_arviz
+from ..random_state import seeded
 from .checks import at_least
 from .density import ModelDensity, is_deterministic
 from .fit import fit
@@ -208,8 +209,7 @@ def calibration(
             "build_guide must make a guide for a model, such as pf.AutoRealNVP, got "
             f"{type(build_guide).__name__}"
         )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         try:
             density = ModelDensity(model, build_guide(model), args, kwargs)
             _check_can_simulate(density)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.utils import _pytree as pytree
 
+from ..random_state import preserved
 from .checks import check_shapes, check_sites, check_values
 
 PARTICLES = "_pyroflows_particles"
@@ -304,8 +305,7 @@ class ModelDensity:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(3, start.shape[0], generator=generator).to(start)
         z = start + 0.01 * noise
-        devices = [start.device] if start.is_cuda else []
-        with torch.random.fork_rng(devices=devices):
+        with preserved():
             one_by_one = torch.cat([_seeded(self._log_density, row, False) for row in z.split(1)])
             try:
                 together = _seeded(self._log_density, z, True)

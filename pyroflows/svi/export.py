@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..random_state import seeded
 from .density import (
     CHUNK,
     ModelDensity,
@@ -41,8 +42,7 @@ def weighted_groups(
         "log_weight": result.log_weights,
         "log_weight_psis": result.log_weights_psis,
     }
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         if resample:
             weights = result.log_weights_psis.exp()
             index = torch.multinomial(weights, len(draws), replacement=True)

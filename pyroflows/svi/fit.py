@@ -12,6 +12,7 @@ from pyro.infer.autoguide import AutoContinuous, AutoDiagonalNormal, AutoMultiva
 from torch import Tensor
 
 from ..guides import AmortizedFlow, AutoFlow
+from ..random_state import seeded
 from . import amortized
 from .checks import at_least
 from .density import ModelDensity
@@ -159,8 +160,7 @@ def fit(
         )
     if not callable(model):
         raise TypeError(f"model must be a callable, got {type(model).__name__}")
-    with torch.random.fork_rng(), torch.enable_grad():
-        torch.manual_seed(seed)
+    with seeded(seed), torch.enable_grad():
         density: ModelDensity
         if is_amortized:
             density = PlateDensity(model, guide, args, kwargs)

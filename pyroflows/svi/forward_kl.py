@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..diagnostics import effective_sample_size, log_evidence, psis
+from ..random_state import seeded
 from .checks import at_least
 from .density import CHUNK, ModelDensity
 from .fit import LEARNING_RATE, NUM_PARTICLES
@@ -140,8 +141,7 @@ def cover_mass(
     num_particles = at_least("num_particles", num_particles, NUM_PARTICLES)
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         best = _refine(result, num_steps, num_particles, learning_rate, progress)
     if best is not result:
         return best

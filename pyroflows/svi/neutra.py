@@ -11,6 +11,7 @@ import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
+from ..random_state import seeded
 from ..transforms import ConvergenceError, FlowTransform
 from .density import CHUNK, ModelDensity
 from .neutra_posterior import BASE, NeuTraPosterior
@@ -115,8 +116,7 @@ def neutra(
     if not 0 < target_accept_prob < 1:
         raise ValueError(f"target_accept_prob must be between 0 and 1, got {target_accept_prob}")
     density = result.density
-    with torch.random.fork_rng(), torch.enable_grad(), _constant(density):
-        torch.manual_seed(seed)
+    with seeded(seed), torch.enable_grad(), _constant(density):
         target = _BaseDensity(density)
         chains: list[_Chain] = []
         try:

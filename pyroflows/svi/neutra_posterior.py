@@ -14,6 +14,7 @@ import xarray as xr
 from torch import Tensor
 
 from ..diagnostics.frames import frame
+from ..random_state import seeded
 from .density import CHUNK
 from .export import Groups, assemble, model_groups
 from .posterior import VariationalPosterior
@@ -150,9 +151,7 @@ class NeuTraPosterior:
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         total = math.prod(self.shape)
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with seeded(seed):
             rounds = math.ceil(num_samples / total)
             index = torch.cat([torch.randperm(total) for _ in range(rounds)])[:num_samples]
         index = index.to(self.base.device)
@@ -213,8 +212,7 @@ class NeuTraPosterior:
             The former with ArviZ 0.x, the latter with ArviZ 1.x.
         """
         density = self.result.density
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed)
+        with seeded(seed), torch.no_grad():
             flat = model_groups(density, self.unconstrained.flatten(0, 1), num_prior_draws)
         groups = self._with_chains(flat)
         groups["base_posterior"] = {BASE: _numpy(self.base)}

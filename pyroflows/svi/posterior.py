@@ -15,6 +15,7 @@ from torch import Tensor
 from ..diagnostics import effective_sample_size, log_evidence, psis
 from ..diagnostics.frames import frame
 from ..diagnostics.loo import LOO, loo
+from ..random_state import preserved, seeded
 from .density import ModelDensity
 from .export import assemble, pointwise_log_likelihood, weighted_groups
 from .storage import read, write
@@ -93,8 +94,7 @@ class VariationalPosterior:
         cls, density: ModelDensity, losses: Tensor, num_draws: int, seed: int = 0
     ) -> VariationalPosterior:
         """Draw from a fitted guide and weight the draws against the model."""
-        with torch.random.fork_rng():
-            torch.manual_seed(seed + 1)  # not the noise the guide was fitted on
+        with seeded(seed + 1):  # not the noise the guide was fitted on
             return cls(density, losses, *weighted_draws(density, num_draws))
 
     def _assess(self) -> None:
@@ -188,9 +188,7 @@ class VariationalPosterior:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         if resample:
             self._check_weights("sample without resample=True")
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with seeded(seed):
             return self.site_values(self._sample_unconstrained(num_samples, resample))
 
     def _sample_unconstrained(self, num_samples: int, resample: bool) -> Tensor:
@@ -417,7 +415,7 @@ def load(path: str | Path, model: Callable) -> VariationalPosterior:
     stored = read(path, model, (*STORED_TENSORS,))
     foreign = f"path {str(path)!r} holds the result of another model"
     try:
-        with torch.random.fork_rng():
+        with preserved():
             density = ModelDensity(model, stored.guide, stored.args, stored.kwargs)
         stored.guide.load_state_dict(stored.weights)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -14,6 +14,7 @@ from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..random_state import preserved
 from .checks import at_least
 from .density import ModelDensity
 from .export import Groups, assemble, weighted_groups
@@ -249,7 +250,7 @@ def _result(job: _Job, future: Future | None) -> VariationalPosterior:
     if future is None:
         return _fit(job)
     outcome: _Outcome = future.result()
-    with torch.random.fork_rng():
+    with preserved():
         guide = job.build_guide(job.model)
         density = ModelDensity(job.model, guide, job.args, job.options["kwargs"])
     guide.load_state_dict(outcome.guide)

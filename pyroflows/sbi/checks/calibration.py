@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ...diagnostics import SBC, Coverage, coverage, tarp
 from ...diagnostics.entries import entry_names
 from ...diagnostics.export import to_arviz
+from ...random_state import seeded
 from ..model.simulations import Simulations
 
 
@@ -144,8 +145,7 @@ def calibration(
     _check_counts(0, num_densities=num_densities)
     some = min(num_densities, num_draws)
     draws, draw_densities, true_densities = [], [], []
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
+    with seeded(seed), torch.no_grad():
         starts = range(0, len(simulations), batch_size)
         for start in tqdm(starts, desc="calibration", unit="batch", disable=not progress):
             part = simulations[start : start + batch_size]

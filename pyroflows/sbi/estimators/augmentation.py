@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...distributions.maximum_likelihood import DensityFit
+from ...random_state import seeded
 from ..model.observations import ObservationSpace
 from ..model.simulations import Simulations
 from ..posteriors.likelihood_model import LikelihoodModel
@@ -63,8 +64,7 @@ def draw_pairs(model: LikelihoodModel, shape: torch.Size, seed: int) -> tuple[Te
     num_pairs = max(1, min(NUM_PAIRS, MAX_ENTRIES // shape.numel()))
     like = next(model.flow.parameters())
     z = model.prior_draws(num_pairs, seed).to(like.dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         parts = [
             model.flow.condition(rows).sample()
             for rows in z.to(like).repeat_interleave(num_rows, 0).split(CHUNK)

@@ -19,6 +19,7 @@ from ...distributions.maximum_likelihood import (
     maximize_likelihood,
     split,
 )
+from ...random_state import preserved, seeded
 from ..densities.conditional import ConditionalDensity
 from ..model.joint_density import JointDensity
 from ..model.masking import Masking
@@ -140,7 +141,7 @@ class Estimator:
             If neither or both of ``simulations`` and ``num_simulations`` are given, or the
             simulations are too few to train on or do not fit the simulator.
         """
-        with torch.random.fork_rng(devices=[]):
+        with preserved():
             self.density(self.space.dim, self.observations, 1)  # wrong options are refused now
         simulations = given_or_drawn(
             simulations,
@@ -204,8 +205,7 @@ class Estimator:
     ) -> tuple[ConditionalDensity, DensityFit]:
         """Train a density on simulations, and on more pairs if there are any."""
         rows = training if more is None else concatenate(training, more)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(settings.seed)
+        with seeded(settings.seed), torch.enable_grad():
             density = self.density(self.space.dim, self.observations, len(rows)).to(self.device)
 
             def prepare() -> None:
@@ -276,7 +276,7 @@ class Estimator:
             If the file holds something else, or belongs to another model or other options.
         """
         state, about = read_trained(path, FORMAT, self._about())
-        with torch.random.fork_rng(devices=[]):
+        with preserved():
             density = self.density(self.space.dim, self.observations, about["num_pairs"])
         load_weights(density, state, path)
         density.to(self.device)

@@ -18,6 +18,7 @@ from ...distributions.maximum_likelihood import (
     maximize_likelihood,
     split,
 )
+from ...random_state import preserved, seeded
 from ..densities.likelihood_transform import LikelihoodTransform
 from ..model.exchangeable import hidden_trace
 from ..model.joint_density import JointDensity
@@ -168,7 +169,7 @@ class NeuralLikelihood:
             simulations are too few to train on, do not fit the simulator, or hold an entry that
             never varies, which has no density.
         """
-        with torch.random.fork_rng(devices=[]):
+        with preserved():
             self.density()  # wrong options are refused now
         simulations = given_or_drawn(
             simulations,
@@ -192,8 +193,7 @@ class NeuralLikelihood:
             seed=seed,
         )
         training, validation = split(self._rows(simulations), validation_fraction, seed)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(seed)
+        with seeded(seed), torch.enable_grad():
             density = self.density()
             fit = maximize_likelihood(
                 _Trained(density),
@@ -222,7 +222,7 @@ class NeuralLikelihood:
             If the file holds something else, or belongs to another model or other options.
         """
         state, about = read_trained(path, FORMAT, self._about())
-        with torch.random.fork_rng(devices=[]):
+        with preserved():
             density = self.density()
         load_weights(density, state, path)
         return LikelihoodModel(self.joint, density, about)

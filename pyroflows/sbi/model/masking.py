@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...distributions.maximum_likelihood import Rows
+from ...random_state import seeded
 from .observations import ObservationSpace
 
 WHOLE = 0.2  # share of observations of which nothing is hidden
@@ -49,8 +50,7 @@ class Masking:
     def frozen(self, x: Tensor, seed: int) -> Tensor:
         """Return observations with the same masks each time; elements left out are all NaN."""
         rows = x.cpu()
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-            torch.manual_seed(seed)
+        with seeded(seed):
             if self._varies():
                 absent = torch.arange(x.shape[1]) >= self._numbers(len(x)).unsqueeze(-1)
                 rows = rows.masked_fill(absent.unsqueeze(-1), torch.nan)

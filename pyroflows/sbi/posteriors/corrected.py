@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...diagnostics import effective_sample_size, log_evidence, psis
 from ...diagnostics.frames import frame
+from ...random_state import seeded
 from ...svi.summary import describe
 from ..model.joint_density import JointDensity
 from ..model.space import ParameterSpace
@@ -138,9 +139,7 @@ class CorrectedPosterior:
         return self.space.constrain(self.draws[self._resampled(num_samples, seed)])
 
     def _resampled(self, num_samples: int, seed: int | None) -> Tensor:
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with seeded(seed):
             weights = self.log_weights_psis.exp()
             return torch.multinomial(weights, num_samples, replacement=True)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...random_state import seeded
 from ..model.observations import ObservationSpace
 from .posterior import Posterior
 
@@ -94,9 +95,7 @@ class JointPosterior(Posterior):
         free = [name for name, part in self._parts(condition).items() if bool(part.isnan().any())]
         if not free:
             raise ValueError("given must leave a site, or an entry, to sample; all are given")
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with seeded(seed):
             vectors = self.density.complete(num_samples, condition)
         values = self._values(vectors)
         return {name: values[name] for name in free}

@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import tensor_file
 from ...diagnostics.frames import frame
 from ...distributions.maximum_likelihood import DensityFit
+from ...random_state import seeded
 from ..densities.conditional import ConditionalDensity
 from ..densities.velocity_density import SolverError, VelocityDensity
 from ..model.joint_density import JointDensity
@@ -128,9 +129,7 @@ class Posterior:
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         size = max(1, CHUNK // max(1, self._batch_shape(observed).numel()))
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with seeded(seed):
             draws = [
                 self.density.sample(min(size, num_samples - start), observed)
                 for start in range(0, num_samples, size)
@@ -294,9 +293,7 @@ class Posterior:
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with seeded(seed):
             path = self._solved().trajectory(num_samples, times, self._tensor(x))
         return self.space.constrain(path)
 
@@ -327,9 +324,7 @@ class Posterior:
         """
         if num_samples < 2:
             raise ValueError(f"num_samples must be at least 2, got {num_samples}")
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with seeded(seed):
             return self._solved().solver_error(num_samples, self._tensor(x))
 
     def _solved(self) -> VelocityDensity:
