@@ -171,6 +171,13 @@ def test_flat_series_have_converged() -> None:
     assert missed <= 12
 
 
+def test_wild_losses_do_not_hide_that_a_series_falls() -> None:
+    slope = -10 * math.sqrt(2 / 500) / 500
+    losses = torch.tensor(noise(1100, slope, seed=0))
+    losses[700:720] += 1000.0
+    assert not has_converged(losses.tolist())
+
+
 def test_falling_series_have_not_converged() -> None:
     """A fall of 5 errors over a window looks flat with probability 0.14 %: in 200 series, twice.
 

@@ -21,6 +21,8 @@ OUTLIER_FACTOR = 100.0  # and those of single draws at this multiple of their me
 DIVERGENCE_FACTOR = 20.0  # a loss this many deviations above the best has diverged
 LEAP_FACTOR = 4.0  # and one that rises by this multiple of its last change, while it is annealed
 MAX_RECOVERIES = 10
+NORMAL_DEVIATION = 1.4826  # of a normal variable, for a median absolute deviation of 1
+WILD = 4.0  # deviations
 
 
 def train(
@@ -179,6 +181,9 @@ class Schedule:
 def has_converged(losses: Sequence[float], window: int = WINDOW) -> bool:
     """Tell whether the mean loss fell by less than twice its Monte Carlo error over a window.
 
+    Wild losses, further from their median than four robust standard deviations, count as so far:
+    they say nothing of the trend, and would drown it.
+
     Examples
     --------
     >>> has_converged([1.0, 0.9] * 550), has_converged([-float(i) for i in range(1100)])
@@ -187,8 +192,11 @@ def has_converged(losses: Sequence[float], window: int = WINDOW) -> bool:
     if len(losses) < 2 * window + WARM_UP_STEPS:
         return False
     recent = torch.tensor(losses[-2 * window :], dtype=torch.float64).view(2, window)
-    before, after = recent.mean(1).tolist()
-    error = math.sqrt(float(recent.var(1).sum()) / window)
+    middle = recent.median(1, keepdim=True).values
+    reach = WILD * NORMAL_DEVIATION * (recent - middle).abs().median(1, keepdim=True).values
+    tame = recent.clamp(middle - reach, middle + reach)
+    before, after = tame.mean(1).tolist()
+    error = math.sqrt(float(tame.var(1).sum()) / window)
     return before - after <= 2 * error
 
 
