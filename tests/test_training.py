@@ -178,6 +178,13 @@ def test_wild_losses_do_not_hide_that_a_series_falls() -> None:
     assert not has_converged(losses.tolist())
 
 
+def test_an_unsteady_series_has_not_converged() -> None:
+    losses = torch.tensor(noise(1100))
+    assert has_converged(losses.tolist())
+    losses[650:700] += 100.0
+    assert not has_converged(losses.tolist())
+
+
 def test_falling_series_have_not_converged() -> None:
     """A fall of 5 errors over a window looks flat with probability 0.14 %: in 200 series, twice.
 

@@ -23,6 +23,7 @@ LEAP_FACTOR = 4.0  # and one that rises by this multiple of its last change, whi
 MAX_RECOVERIES = 10
 NORMAL_DEVIATION = 1.4826  # of a normal variable, for a median absolute deviation of 1
 WILD = 4.0  # deviations
+MAX_WILD = 0.05  # share of the losses
 
 
 def train(
@@ -182,7 +183,8 @@ def has_converged(losses: Sequence[float], window: int = WINDOW) -> bool:
     """Tell whether the mean loss fell by less than twice its Monte Carlo error over a window.
 
     Wild losses, further from their median than four robust standard deviations, count as so far:
-    they say nothing of the trend, and would drown it.
+    they say nothing of the trend, and would drown it. Where there are many of them of late,
+    training is not steady and has not converged.
 
     Examples
     --------
@@ -192,8 +194,10 @@ def has_converged(losses: Sequence[float], window: int = WINDOW) -> bool:
     if len(losses) < 2 * window + WARM_UP_STEPS:
         return False
     recent = torch.tensor(losses[-2 * window :], dtype=torch.float64).view(2, window)
-    middle = recent.median(1, keepdim=True).values
-    reach = WILD * NORMAL_DEVIATION * (recent - middle).abs().median(1, keepdim=True).values
+    middle = recent.quantile(0.5, 1, keepdim=True)
+    reach = WILD * NORMAL_DEVIATION * (recent - middle).abs().quantile(0.5, 1, keepdim=True)
+    if float((recent > middle + reach)[1].double().mean()) > MAX_WILD:
+        return False
     tame = recent.clamp(middle - reach, middle + reach)
     before, after = tame.mean(1).tolist()
     error = math.sqrt(float(tame.var(1).sum()) / window)
