@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import pyroflows as pf
+from pyroflows.nn import Asinh
 from pyroflows.transforms import (
     PLU,
     QR,
@@ -218,6 +219,18 @@ def autoregressive(input_dim: int, context_dim: int = 0) -> Autoregressive:
     return Autoregressive(Affine(), input_dim, context_dim, hidden_dims=(8,))
 
 
+def growing(input_dim: int, context_dim: int) -> FlowTransform:
+    """Build the flow of ``AutoSpline``, whose networks grow in the tails."""
+    return pf.flow(
+        "spline_coupling",
+        input_dim,
+        context_dim,
+        num_layers=2,
+        hidden_dims=(8, 8),
+        activation=Asinh,
+    )
+
+
 def stack() -> Compose:
     """Nest stacks, inverses, a permutation, and parts with and without a context."""
     inner = Compose([coupling(4, 3), Permutation([2, 0, 3, 1])])
@@ -285,6 +298,8 @@ def _other_cases() -> Iterator[Case]:
     yield Case("Inverse-Coupling-4-3", lambda: coupling(4, 3).inv, 4, 3)
     yield Case("Inverse-Autoregressive-5-0", lambda: autoregressive(5).inv, 5)
     yield Case("Inverse-TriangularAffine-5", lambda: triangular(5).inv, 5, 0, False)
+    for D, C in SIZES:
+        yield Case(f"spline_coupling-asinh-{D}-{C}", lambda D=D, C=C: growing(D, C), D, C)
     yield Case("Coupling-swapped-5-0", lambda: coupling(5, split_dim=1, swap=True), 5)
     yield Case("Compose-nested-4-3", stack, 4, 3, False)
     yield Case("Compose-nested-inverse-4-3", lambda: stack().inv, 4, 3, False)
