@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import pyroflows as pf
-from pyroflows.nn import Asinh
+from pyroflows.nn import GrowingTanh
 from pyroflows.transforms import (
     PLU,
     QR,
@@ -227,7 +227,7 @@ def growing(input_dim: int, context_dim: int) -> FlowTransform:
         context_dim,
         num_layers=2,
         hidden_dims=(8, 8),
-        activation=Asinh,
+        activation=GrowingTanh,
     )
 
 
@@ -299,7 +299,7 @@ def _other_cases() -> Iterator[Case]:
     yield Case("Inverse-Autoregressive-5-0", lambda: autoregressive(5).inv, 5)
     yield Case("Inverse-TriangularAffine-5", lambda: triangular(5).inv, 5, 0, False)
     for D, C in SIZES:
-        yield Case(f"spline_coupling-asinh-{D}-{C}", lambda D=D, C=C: growing(D, C), D, C)
+        yield Case(f"spline_coupling-growing-{D}-{C}", lambda D=D, C=C: growing(D, C), D, C)
     yield Case("Coupling-swapped-5-0", lambda: coupling(5, split_dim=1, swap=True), 5)
     yield Case("Compose-nested-4-3", stack, 4, 3, False)
     yield Case("Compose-nested-inverse-4-3", lambda: stack().inv, 4, 3, False)

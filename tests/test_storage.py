@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import pyroflows as pf
 from pyroflows.distributions import standard_normal
-from pyroflows.nn import Asinh
+from pyroflows.nn import GrowingTanh
 from pyroflows.svi.density import ModelDensity
 from tests.models import (
     GUIDES,
@@ -126,7 +126,7 @@ def test_paths_are_strings_or_paths(as_string: bool, tmp_path: Path) -> None:
         {"hidden_dims": [5, 6]},
         {"hidden_dims": (5,)},
         {"activation": nn.SiLU},
-        {"activation": Asinh},
+        {"activation": GrowingTanh},
         {"bins": 5, "bound": 2.5},
     ],
     ids=str,

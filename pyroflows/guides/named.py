@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..nn import Asinh
+from ..nn import GrowingTanh
 from .auto_flow import AutoFlow
 
 
@@ -52,7 +52,7 @@ class AutoSpline(AutoFlow):
 
     Sampling and log-density take one pass. Takes the arguments of :class:`AutoFlow` but ``flow``.
     The networks go on growing far out in the tails (``activation``, by default
-    :class:`pyroflows.nn.Asinh`), where scales of posteriors do.
+    :class:`pyroflows.nn.GrowingTanh`), where scales of posteriors do.
 
     Examples
     --------
@@ -65,7 +65,7 @@ class AutoSpline(AutoFlow):
     """
 
     def __init__(self, model: Callable, **options: Any) -> None:
-        super().__init__(model, flow="spline_coupling", **{"activation": Asinh, **options})
+        super().__init__(model, flow="spline_coupling", **{"activation": GrowingTanh, **options})
 
 
 class AutoIAF(AutoFlow):

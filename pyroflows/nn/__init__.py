@@ -1,6 +1,6 @@
 """Networks used inside flows."""
 
-from .activation import Asinh
+from .activation import GrowingTanh
 from .block_linear import BlockLinear
 from .convolution import ConvolutionalNetwork
 from .hypernetwork import Hypernetwork
@@ -11,9 +11,9 @@ from .velocity import VelocityField
 
 __all__ = [
     "MLP",
-    "Asinh",
     "BlockLinear",
     "ConvolutionalNetwork",
+    "GrowingTanh",
     "Hypernetwork",
     "LipschitzMLP",
     "MaskedMLP",

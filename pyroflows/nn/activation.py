@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-STEEPNESS = 2.0
+GROWTH = 0.25
 
 
-class Asinh(nn.Module):
-    r"""Apply :math:`\operatorname{asinh}(2 x) / 2`, with the inverse hyperbolic sine.
+class GrowingTanh(nn.Module):
+    r"""Apply :math:`\tanh(x) + \operatorname{asinh}(x) / 4`.
 
-    Around zero it bends like a hyperbolic tangent, and far out it grows like a logarithm: a network
-    of it goes on where one of ``Tanh`` has come to rest, without running away.
+    Far out it grows like a logarithm: a network of it goes on where one of ``Tanh`` has come to
+    rest, without running away.
 
     Examples
     --------
-    >>> Asinh()(torch.tensor([0.0, 1.0, 1000.0]))
-    tensor([0.0000, 0.7218, 4.1470])
+    >>> GrowingTanh()(torch.tensor([0.0, 1.0, 1000.0]))
+    tensor([0.0000, 0.9819, 2.9002])
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Return values of the shape of ``x``."""
-        return torch.asinh(STEEPNESS * x) / STEEPNESS
+        return torch.add(torch.tanh(x), torch.asinh(x), alpha=GROWTH)
