@@ -78,10 +78,12 @@ class EntrywiseNetwork(nn.Module):
 
     def _inputs(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         """Return what each network sees, ``(D, N, 2 + 2 num_frequencies)``."""
-        angles = (time.unsqueeze(-1) * self.frequencies).unsqueeze(-2)
-        parts = [x.unsqueeze(-1), context.unsqueeze(-1), angles.sin(), angles.cos()]
-        inputs = torch.cat([part.expand(*x.shape, part.shape[-1]) for part in parts], -1)
-        return inputs.flatten(0, -3).transpose(0, 1) if x.dim() > 1 else inputs.unsqueeze(1)
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        given = context.expand(x.shape).reshape(rows.shape)
+        angles = (time.unsqueeze(-1) * self.frequencies).expand(*x.shape[:-1], -1)
+        waves = torch.cat([angles.sin(), angles.cos()], -1).reshape(len(rows), -1)
+        own = torch.stack([rows.T, given.T], -1)
+        return torch.cat([own, waves.expand(len(own), -1, -1)], -1)
 
 
 class EntrywiseLinear(nn.Module):
