@@ -72,7 +72,8 @@ def random_density(dim: int, double: bool = True, **solver: int) -> FlowMatching
 def test_divergence_is_the_trace_of_the_jacobian(batch: tuple[int, ...]) -> None:
     density = random_density(3)
     w = torch.randn(*batch, 3, dtype=torch.float64)
-    for summary in (torch.randn(3).double(), torch.randn(*batch, 3).double()):
+    # Three entries for the network and three for the marginals.
+    for summary in (torch.randn(6).double(), torch.randn(*batch, 6).double()):
         for time in (torch.tensor(0.3).double(), torch.rand(batch).double()):
             expected = by_tangents(lambda t, w, s=summary: density.velocity(t, w, s))(time, w)[1]
             torch.testing.assert_close(density.divergence(time, w, summary), expected)

@@ -100,6 +100,7 @@ def test_files_of_other_priors_are_refused(estimator_class: type, tmp_path: Path
         estimator_class(wide).load(path)
 
 
+@pytest.mark.filterwarnings("ignore:The learned posterior misses:UserWarning")  # few steps
 def test_arrays_can_be_corrected() -> None:
     posterior = FlowMatching(normal, **SMALL).fit(num_simulations=500, **SHORT)
     one, other = (

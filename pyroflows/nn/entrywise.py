@@ -81,9 +81,10 @@ class EntrywiseNetwork(nn.Module):
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         given = context.expand(x.shape).reshape(rows.shape)
         angles = (time.unsqueeze(-1) * self.frequencies).expand(*x.shape[:-1], -1)
-        waves = torch.cat([angles.sin(), angles.cos()], -1).reshape(len(rows), -1)
+        waves = torch.cat([angles.sin(), angles.cos()], -1)
         own = torch.stack([rows.T, given.T], -1)
-        return torch.cat([own, waves.expand(len(own), -1, -1)], -1)
+        waves = waves.reshape(len(rows), waves.shape[-1])
+        return torch.cat([own, waves.expand(len(own), *waves.shape)], -1)
 
 
 class EntrywiseLinear(nn.Module):

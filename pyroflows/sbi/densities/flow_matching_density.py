@@ -17,6 +17,7 @@ from .time_sampling import TIME_SAMPLINGS
 from .velocity_density import VelocityDensity
 
 MARGINAL_SHARE = 4  # the marginals get a fourth of the steps of the network
+MIN_MARGINAL_STEPS = 250  # rough fields are a worse start than that of a normal variable
 CONDITION_WEIGHT = 100.0
 
 
@@ -49,9 +50,9 @@ class FlowMatchingDensity(VelocityDensity):
     condition_weight
         Weight of the summaries in the assignment.
     marginals
-        Whether to learn the fields of single parameters first. Else, with optimal transport, and
-        for vectors of which any entries may be missing, it starts as the exact field of a standard
-        normal ``w``.
+        Whether to learn the fields of single parameters first. Else, with optimal transport, in
+        fewer than 1000 steps, and for vectors of which any entries may be missing, it starts as the
+        exact field of a standard normal ``w``.
     mixed_precision
         Whether networks compute in bfloat16 in training: faster on GPUs. Validation, draws and
         densities keep the precision of the weights.
@@ -94,11 +95,12 @@ class FlowMatchingDensity(VelocityDensity):
         self.network = FiLMNetwork(dim, dim, self.context_dim, width, num_blocks, dropout=dropout)
 
     def begin(self, z: Tensor, x: Tensor, num_steps: int, seed: int, progress: bool) -> None:
-        if self.marginals is None:
+        num_steps //= MARGINAL_SHARE
+        if self.marginals is None or num_steps < MIN_MARGINAL_STEPS:
             return
         features = self.features(self.standardizer(self.masking.frozen(x, seed=0)))
         w, prediction = self.linear.whiten(z, features), self._prediction(features)
-        self.marginals.fit(w, prediction, max(1, num_steps // MARGINAL_SHARE), seed, progress)
+        self.marginals.fit(w, prediction, num_steps, seed, progress)
 
     def summary(self, standard: Tensor) -> Tensor:
         """Return the embedding, and behind it, for the marginals, the linear prediction."""
