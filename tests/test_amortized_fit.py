@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,16 @@ def test_weighted_draws_have_the_exact_moments(result: pf.VariationalPosterior) 
     assert (np.abs(table["mean"] - exact) < 0.5 * deviations).all()
     draws = result.sample(10_000, resample=True, seed=1)
     assert abs(float(draws["loc"].mean()) - mean) < 0.07 * sd  # resampled of resampled
+
+
+def test_what_the_result_cannot_do_is_refused(
+    result: pf.VariationalPosterior, tmp_path: Path
+) -> None:
+    with pytest.raises(TypeError, match=r"AmortizedFlow .* cannot be saved: save guide\."):
+        result.save(tmp_path / "result")
+    assert not (tmp_path / "result").exists()
+    with pytest.raises(TypeError, match="must be that of a guide with a transform"):
+        pf.neutra(result, progress=False)
 
 
 def test_what_the_result_offers(result: pf.VariationalPosterior) -> None:

@@ -1,6 +1,7 @@
 """The fields of single parameters, from which flow matching starts."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pyro
@@ -10,7 +11,8 @@ import torch
 
 from pyroflows.nn.entrywise import EntrywiseNetwork
 from pyroflows.sbi import FlowMatching
-from pyroflows.sbi.densities.marginals import Marginals
+from pyroflows.sbi.densities import marginals as marginals_module
+from pyroflows.sbi.densities.marginals import SETTINGS, Marginals
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -24,16 +26,17 @@ def perturbed(dim: int, dtype: torch.dtype) -> EntrywiseNetwork:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch_shape", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("dim", [1, 3])
 def test_divergence_is_the_trace_of_the_jacobian(
-    dtype: torch.dtype, batch_shape: tuple[int, ...]
+    dtype: torch.dtype, batch_shape: tuple[int, ...], dim: int
 ) -> None:
     torch.manual_seed(0)
-    network = perturbed(3, dtype)
-    x, context = torch.randn(*batch_shape, 3, dtype=dtype), torch.randn(3, dtype=dtype)
+    network = perturbed(dim, dtype)
+    x, context = torch.randn(*batch_shape, dim, dtype=dtype), torch.randn(dim, dtype=dtype)
     time = torch.rand(batch_shape, dtype=dtype)
     divergence = network.divergence(x, time, context)
     assert divergence.shape == batch_shape
-    for i, row in enumerate(x.reshape(-1, 3)):
+    for i, row in enumerate(x.reshape(-1, dim)):
         moment = time.reshape(-1)[i]
         jacobian = torch.func.jacrev(network)(row, moment, context)
         assert torch.equal(jacobian, jacobian.diagonal().diag())  # entries do not mix
@@ -76,16 +79,15 @@ def test_network_starts_at_zero_and_goes_back_to_it() -> None:
     assert bool((network(x, time, x) == 0).all())
 
 
-def test_what_no_field_of_one_entry_improves_is_undone() -> None:
-    # Where w is standard normal, the exact field is there from the start: what training adds is
-    # noise. It may win on the rows held out by chance, but it must stay small then.
+def test_what_does_no_better_on_rows_held_out_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps far too large ruin the fields of a standard normal ``w``, which start exact."""
+    monkeypatch.setattr(marginals_module, "SETTINGS", replace(SETTINGS, learning_rate=1.0))
     torch.manual_seed(0)
     marginals = Marginals(2)
-    prediction = torch.randn(2000, 2)
-    marginals.fit(torch.randn(2000, 2), prediction, num_steps=200)
-    w, time = torch.randn(500, 2), torch.rand(500)
-    error = marginals.network(w, time, prediction[:500])
-    assert error.square().mean() < 0.02
+    marginals.fit(torch.randn(500, 2), torch.randn(500, 2), num_steps=60)
+    assert marginals.network.input.weight.abs().max() > 1  # it has been trained
+    assert bool((marginals.network.output.weight == 0).all())
+    assert bool((marginals.network.output.bias == 0).all())
 
 
 def test_few_rows_are_not_learned_from() -> None:

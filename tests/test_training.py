@@ -185,6 +185,17 @@ def test_an_unsteady_series_has_not_converged() -> None:
     assert not has_converged(losses.tolist())
 
 
+def test_all_steps_are_made_where_none_should_be_saved() -> None:
+    losses = noise(3000)
+    early, whole = Schedule(3000), Schedule(3000, stop_early=False)
+    for step in range(1, 3000):
+        is_over = whole.is_over(losses[:step])
+        assert not is_over
+        early.is_over(losses[:step])
+    assert whole.decay_start == 2000
+    assert early.decay_start < 2000
+
+
 def test_falling_series_have_not_converged() -> None:
     """A fall of 5 errors over a window looks flat with probability 0.14 %: in 200 series, twice.
 

@@ -47,8 +47,9 @@ def fit(
 
     Flow guides, and Pyro's ``AutoDiagonalNormal`` and ``AutoMultivariateNormal``, start from the
     normal distribution with the highest ELBO, found by deterministic optimisation. Then the ELBO is
-    maximised by Adam with many vectorised particles. Where the flow's inverse is cheap, the
-    gradients are those of both directions of the divergence,
+    maximised by Adam with many vectorised particles. Where the flow's inverse is cheap, or its
+    layers are autoregressive and draw in one pass, the gradients are those of both directions of
+    the divergence,
 
     .. math:: \mathrm{KL}(q_\theta \| p) + \lambda \, \mathrm{KL}(p \| q_\theta) ,
 

@@ -47,7 +47,8 @@ def loss_function(
 ) -> Callable[[], Tensor]:
     """Return the negative ELBO as a function of nothing, drawn anew, and cooler, at every call.
 
-    Its gradient is that of both directions of the divergence where the guide's inverse is cheap.
+    Its gradient is that of both directions of the divergence where the guide's inverse is cheap,
+    and, without cooling, where its layers are autoregressive and draw in one pass.
     """
     estimate = _reverse
     if _has_fast_inverse(density.guide):
