@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from itertools import groupby, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from .layout import batch_first, entries_first
 from .mlp import activate, check_hidden_dims, in_place, linear_rows, spread, start_near_zero
+from .steps import blocks_forwards, least_overhead
 
 # With the block's own units, 8 steps keep the small products as cheap as their overhead.
 _STEPS_PER_BLOCK = 8
@@ -74,8 +73,7 @@ class MaskedMLP(nn.Module):
         # With a context, units of degree -1 carry it to the entry that comes first.
         lowest = -1 if context_dim else 0
         self.degrees = [_spread(lowest, input_dim - 2, width) for width in hidden_dims]
-
-        self._blocks = _blocks(_steps(self.degrees, input_dim, num_parameters))
+        self._blocks = blocks_forwards(self.degrees, input_dim, num_parameters, _STEPS_PER_BLOCK)
 
         order = list(range(input_dim)) if order is None else list(order)
         rank = [order.index(entry) for entry in range(input_dim)]
@@ -112,6 +110,26 @@ class MaskedMLP(nn.Module):
             hidden = activate(self.activation, hidden)
         return linear_rows(hidden, self.output.weight * self.output_mask, self.output.bias)
 
+    def weights_by_rank(self) -> list[Tensor]:
+        """Return the masked weights of all layers, for entries by rank.
+
+        The parameters of an entry are together: the outputs are ``(D, P)``, flattened.
+        """
+        first, *others = [layer.weight * mask for layer, mask in self._masked_layers()]
+        output = self._outputs_by_rank(self.output.weight * self.output_mask)
+        return [first.index_select(1, self.order), *others, output]
+
+    def biases_by_rank(self, context: Tensor | None, batch_shape: Sequence[int]) -> list[Tensor]:
+        """Return the biases of all layers as columns, in the order of :meth:`weights_by_rank`.
+
+        The first includes what the context contributes, which is broadcast to a batch shape of
+        ``N`` elements: ``(units, N)``.
+        """
+        biases = [layer.bias.unsqueeze(-1) for layer, _ in self._masked_layers()]
+        if self.context is not None:
+            biases[0] = biases[0] + spread(self.context(context), batch_shape)
+        return [*biases, self._outputs_by_rank(self.output.bias.unsqueeze(-1))]
+
     def fill_in(
         self,
         solve: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
@@ -142,7 +160,7 @@ class MaskedMLP(nn.Module):
             The sums of its log-derivatives, ``(N,)``.
         """
         # What is computed from the results of inference mode is ordinary again.
-        with _least_overhead():
+        with least_overhead():
             x, log_derivatives = self._fill_in_by_rank(
                 solve, y.index_select(0, self.order), self._memory(y.shape[1], context)
             )
@@ -159,7 +177,7 @@ class MaskedMLP(nn.Module):
         # of few rows spend their time on reading; tensors are cut into the pieces of a block's
         # steps at once, because slices cost as much as arithmetic. Masks hide what is not known.
         apply_activation = in_place(self.activation)
-        weights = self._weights_by_rank()
+        weights = self.weights_by_rank()
         x, outputs = values[0], values[-1]
         parameters = outputs.view(self.input_dim, self.num_parameters, -1).transpose(0, 1)
         log_derivatives = []
@@ -183,18 +201,9 @@ class MaskedMLP(nn.Module):
                 log_derivatives.append(log_derivative)
         return x, log_derivatives
 
-    def _weights_by_rank(self) -> list[Tensor]:
-        """Return masked weights, entries by rank and all parameters of an entry together."""
-        first, *others = [layer.weight * mask for layer, mask in self._masked_layers()]
-        output = self._outputs_by_rank(self.output.weight * self.output_mask)
-        return [first.index_select(1, self.order), *others, output]
-
     def _memory(self, batch: int, context: Tensor | None) -> list[Tensor]:
         """Return memory for inputs, hidden units and outputs, the latter two filled with biases."""
-        biases = [layer.bias.unsqueeze(-1) for layer, _ in self._masked_layers()]
-        if self.context is not None:
-            biases[0] = biases[0] + self.context(context).T
-        biases.append(self._outputs_by_rank(self.output.bias.unsqueeze(-1)))
+        biases = self.biases_by_rank(context, (batch,))
         x = biases[-1].new_zeros(self.input_dim, batch)
         return [x, *(bias.new_empty(len(bias), batch).copy_(bias) for bias in biases)]
 
@@ -205,41 +214,6 @@ class MaskedMLP(nn.Module):
     def _outputs_by_rank(self, rows: Tensor) -> Tensor:
         planes = rows.unflatten(0, (self.num_parameters, self.input_dim))
         return planes.transpose(0, 1).index_select(0, self.order).flatten(0, 1)
-
-
-def _least_overhead() -> AbstractContextManager:
-    """Return inference mode, which takes a fifth off small operations, where torch can bear it.
-
-    Compilers and function transforms cannot: after a failure in it the whole process is unusable.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return torch.no_grad()
-    return torch.inference_mode()
-
-
-def _steps(degrees: list[list[int]], input_dim: int, num_parameters: int) -> list[list[int]]:
-    """Divide the work into steps, each over as many ranks as the same hidden units suffice for.
-
-    Returns for inputs, hidden layers and outputs how many of them each step adds.
-    """
-    enabled = groupby(
-        range(input_dim), key=lambda rank: [bisect_left(layer, rank) for layer in degrees]
-    )
-    totals, ranks = zip(*((total, len(list(group))) for total, group in enabled))
-    units = [[stop - start for start, stop in pairwise((0, *layer))] for layer in zip(*totals)]
-    return [list(ranks), *units, [num_parameters * count for count in ranks]]
-
-
-def _blocks(steps: list[list[int]]) -> list[list[tuple[slice, list[int]]]]:
-    """Gather steps in blocks; a block holds for each layer its slice and the sizes of its steps."""
-    blocks = []
-    starts = [0] * len(steps)
-    for first in range(0, len(steps[0]), _STEPS_PER_BLOCK):
-        sizes = [layer[first : first + _STEPS_PER_BLOCK] for layer in steps]
-        stops = [start + sum(size) for start, size in zip(starts, sizes)]
-        blocks.append([(slice(*bounds), size) for *bounds, size in zip(starts, stops, sizes)])
-        starts = stops
-    return blocks
 
 
 def _spread(lowest: int, highest: int, count: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import MaskedMLP
-from ..nn.masked_mlp import _least_overhead
-from ..nn.mlp import spread
+from ..nn.steps import Block, blocks_backwards, least_overhead
 from .scalar import Affine, ScalarBijection
 
 STEPS_PER_BLOCK = 16
@@ -55,11 +53,8 @@ def image_and_score(
     batch_shape
         Of ``N`` elements: what the batch shape of the context broadcasts to.
     """
-    weights = network._weights_by_rank()
-    biases = [layer.bias.unsqueeze(-1) for layer, _ in network._masked_layers()]
-    if network.context is not None:
-        biases[0] = biases[0] + spread(network.context(context), batch_shape)
-    output_bias = network._outputs_by_rank(network.output.bias.unsqueeze(-1))
+    weights = network.weights_by_rank()
+    *biases, output_bias = network.biases_by_rank(context, batch_shape)
     hidden, slopes = x, []
     for weight, bias in zip(weights, biases):
         hidden, slope = _activate(network.activation, torch.addmm(bias, weight, hidden))
@@ -70,12 +65,15 @@ def image_and_score(
     solution = score - near_x.log_slope_by_x
     factors = [near_x.log_slope.neg().exp_(), *slopes]
     gradient = near_x.log_slope_by_parameters
-    _substitute(_blocks(network), weights, factors, near_x.by_parameters, solution, gradient)
+    blocks = blocks_backwards(
+        network.degrees, network.input_dim, network.num_parameters, STEPS_PER_BLOCK
+    )
+    _substitute(blocks, weights, factors, near_x.by_parameters, solution, gradient)
     return near_x.y, solution
 
 
 def _substitute(
-    blocks: list[list[tuple[slice, list[int]]]],
+    blocks: Sequence[Block],
     weights: Sequence[Tensor],
     factors: Sequence[Tensor],
     by_parameters: Tensor,
@@ -93,7 +91,7 @@ def _substitute(
     hidden = [torch.zeros_like(factor) for factor in factors[1:]]
     layers = [solution, *hidden, gradient.flatten(0, 1)]
     transposed = [weight.T.contiguous() for weight in weights]
-    with _least_overhead():
+    with least_overhead():
         for block in reversed(blocks):
             stages = []
             for i, ((units, sizes), (above, _)) in enumerate(pairwise(block)):
@@ -111,26 +109,6 @@ def _substitute(
                     new.addmm_(weight, seen, alpha=sign).mul_(factor)
                 own_by_parameters, own = planes[step]
                 own.addcmul_(own_by_parameters, new.unsqueeze(1))
-
-
-def _blocks(network: MaskedMLP) -> list[list[tuple[slice, list[int]]]]:
-    """Divide the work into steps, each over entries that the same hidden units see, in blocks.
-
-    A block holds for inputs, hidden layers and outputs its slice and the sizes of its steps. The
-    hidden units of a step are those that see its entries but not the next.
-    """
-    ranks = range(network.input_dim)
-    blind = [[bisect_left(layer, rank) for layer in network.degrees] for rank in ranks]
-    cuts = [rank for rank in ranks if not rank or blind[rank] != blind[rank - 1]]
-    cuts.append(network.input_dim)
-    units = [[bisect_left(layer, cut) for cut in cuts] for layer in network.degrees]
-    layers = [cuts, *units, [network.num_parameters * cut for cut in cuts]]
-    starts = range(0, len(cuts) - 1, STEPS_PER_BLOCK)
-    return [[_pieces(cut[start:][: STEPS_PER_BLOCK + 1]) for cut in layers] for start in starts]
-
-
-def _pieces(bounds: Sequence[int]) -> tuple[slice, list[int]]:
-    return slice(bounds[0], bounds[-1]), [stop - start for start, stop in pairwise(bounds)]
 
 
 def _activate(activation: nn.Module, before: Tensor) -> tuple[Tensor, Tensor]:
