@@ -102,12 +102,12 @@ class FlowMatchingDensity(VelocityDensity):
         w, prediction = self.linear.whiten(z, features), self._prediction(features)
         self.marginals.fit(w, prediction, num_steps, seed, progress)
 
-    def summary(self, standard: Tensor) -> Tensor:
+    def summary(self, standard: Tensor, features: Tensor) -> Tensor:
         """Return the embedding, and behind it, for the marginals, the linear prediction."""
         embedding = self.embedding(standard)
         if self.marginals is None:
             return embedding
-        return torch.cat([embedding, self._prediction(self.features(standard))], -1)
+        return torch.cat([embedding, self._prediction(features)], -1)
 
     def _prediction(self, features: Tensor) -> Tensor:
         """Return what the regression predicts, in the units of ``w``."""
@@ -135,9 +135,10 @@ class FlowMatchingDensity(VelocityDensity):
     def score(self, z: Tensor, x: Tensor) -> Tensor:
         """Return minus the squared error of the velocity at a random time, one number a row."""
         standard = self.standardizer(x)
-        w = self.linear.whiten(z, self.features(standard))
+        features = self.features(standard)
+        w = self.linear.whiten(z, features)
         with self._precision(w.device):
-            summary = self.summary(standard)
+            summary = self.summary(standard, features)
             if self.training:
                 time, noise = self.draw_times(w[:, 0]), torch.randn_like(w)
                 return -self._squared_error(w, summary, time, noise)

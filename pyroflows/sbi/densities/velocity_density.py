@@ -101,9 +101,15 @@ class VelocityDensity(ConditionalDensity):
         other._set_solver(**{**now, **options})
         return other
 
-    def summary(self, standard: Tensor) -> Tensor:
-        """Return what the field sees of standardised observations."""
+    def summary(self, standard: Tensor, features: Tensor) -> Tensor:
+        """Return what the field sees of standardised observations, and of their features."""
         return self.embedding(standard)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the regression sees of observations, and what the field sees of them."""
+        standard = self.standardizer(x)
+        features = self.features(standard)
+        return features, self.summary(standard, features)
 
     def velocity(self, time: Tensor, w: Tensor, summary: Tensor) -> Tensor:
         """Return the velocity of ``w``; time and summary broadcast to its batch."""
@@ -115,11 +121,9 @@ class VelocityDensity(ConditionalDensity):
 
     @torch.no_grad()
     def sample(self, num_samples: int, x: Tensor) -> Tensor:
-        standard = self.standardizer(x)
-        summary = self.summary(standard)
+        features, summary = self.encode(x)
         noise = torch.randn(num_samples, *summary.shape[:-1], self.dim).to(summary)
-        w = self.carry(noise, summary)
-        return self.linear.colour(w, self.features(standard))
+        return self.linear.colour(self.carry(noise, summary), features)
 
     @torch.no_grad()
     def trajectory(self, num_samples: int, times: Sequence[float], x: Tensor) -> Tensor:
@@ -143,14 +147,13 @@ class VelocityDensity(ConditionalDensity):
         times = [float(time) for time in times]
         if not times or any(a >= b for a, b in pairwise(times)) or times[0] < 0 or times[-1] > 1:
             raise ValueError(f"times must ascend between 0 and 1, and be one at least, got {times}")
-        standard = self.standardizer(x)
-        summary = self.summary(standard)
+        features, summary = self.encode(x)
         w = torch.randn(num_samples, *summary.shape[:-1], self.dim).to(summary)
         states = []
         for start, end in pairwise((0.0, *times)):
             w = w if start == end else self.carry(w, summary, start, end)
             states.append(w)
-        return self.linear.colour(torch.stack(states), self.features(standard))
+        return self.linear.colour(torch.stack(states), features)
 
     def carry(self, noise: Tensor, summary: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
         """Return where noise ``(*batch, D)`` ends; the summaries broadcast to its batch."""
@@ -162,11 +165,10 @@ class VelocityDensity(ConditionalDensity):
 
     def push(self, noise: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return where noise ``(*batch, D)`` ends, as ``z``, and ``log|det dz/dnoise|``."""
-        standard = self.standardizer(x)
-        features = self.features(standard)
+        features, summary = self.encode(x)
         parts = [
             self.solve.integrate(self._field(s), self._divergences(s, w), w, 0.0, 1.0)
-            for w, s in _parts(noise, self.summary(standard), self._num_rows)
+            for w, s in _parts(noise, summary, self._num_rows)
         ]
         w, change = (torch.cat(part) for part in zip(*parts))
         log_det = change.mean(-1).reshape(noise.shape[:-1])
@@ -192,12 +194,11 @@ class VelocityDensity(ConditionalDensity):
 
     def _pull(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the noise of ``z`` and estimates of ``log|det dnoise/dz|``, ``(*batch, K)``."""
-        standard = self.standardizer(x)
-        features = self.features(standard)
+        features, summary = self.encode(x)
         w = self.linear.whiten(z, features)
         parts = [
             self.solve.integrate(self._field(s), self._divergences(s, w), w, 1.0, 0.0)
-            for w, s in _parts(w, self.summary(standard), self._num_rows)
+            for w, s in _parts(w, summary, self._num_rows)
         ]
         noise, changes = (torch.cat(part) for part in zip(*parts))
         changes = changes.reshape(*w.shape[:-1], changes.shape[-1])
@@ -216,8 +217,7 @@ class VelocityDensity(ConditionalDensity):
             num_steps=2 * self.solve.num_steps,
             tolerance=None if self.solve.tolerance is None else self.solve.tolerance / 16,
         )
-        standard = self.standardizer(x)
-        features, summary = self.features(standard), self.summary(standard)
+        features, summary = self.encode(x)
         noise = torch.randn(num_samples, *summary.shape[:-1], self.dim).to(summary)
         one, other = self.carry(noise, summary), finer.carry(noise, summary)
         change = ((one - other) / other.std(0)).abs()
