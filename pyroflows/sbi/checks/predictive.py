@@ -97,7 +97,7 @@ class PredictiveCheck:
         Parameters
         ----------
         dims
-            Names of the dimensions of a site.
+            Names of the dimensions of a site, instead of those of its plates.
         coords
             Labels of dimensions.
 
@@ -111,7 +111,8 @@ class PredictiveCheck:
             "posterior_predictive": self.simulations.observations,
             "observed_data": self.observations,
         }
-        return export(groups, {}, dims=dims, coords=coords)
+        names = {**self.simulations.dims, **(dims or {})}
+        return export(groups, {}, dims=names, coords=coords)
 
     def __repr__(self) -> str:
         name = min(self.p_values, key=self.p_values.__getitem__)

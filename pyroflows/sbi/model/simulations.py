@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ class Simulations:
         From observed sites to simulated values of shape ``(N, *shape)``.
     num_invalid
         How many draws were left out because a number was not finite.
+    dims
+        Names of the dimensions in ``shape`` by site, where they are known: those of plates after
+        the plate.
 
     Raises
     ------
@@ -46,6 +49,7 @@ class Simulations:
     parameters: Mapping[str, Tensor]
     observations: Mapping[str, Tensor]
     num_invalid: int = 0
+    dims: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = {name: len(values) for name, values in self._sites()}
@@ -56,25 +60,15 @@ class Simulations:
         return len(next(iter(self.parameters.values())))
 
     def __getitem__(self, index: slice | Tensor) -> Simulations:
-        return Simulations(
-            {name: values[index] for name, values in self.parameters.items()},
-            {name: values[index] for name, values in self.observations.items()},
-        )
+        return self._with(lambda values: values[index], num_invalid=0)
 
     def to(self, device: torch.device | str) -> Simulations:
         """Return the draws on a device."""
-        return Simulations(
-            {name: values.to(device) for name, values in self.parameters.items()},
-            {name: values.to(device) for name, values in self.observations.items()},
-            self.num_invalid,
-        )
+        return self._with(lambda values: values.to(device))
 
     def empty(self, num_draws: int) -> Simulations:
         """Return room for draws like these, to be filled."""
-        return Simulations(
-            {name: v.new_empty(num_draws, *v.shape[1:]) for name, v in self.parameters.items()},
-            {name: v.new_empty(num_draws, *v.shape[1:]) for name, v in self.observations.items()},
-        )
+        return self._with(lambda v: v.new_empty(num_draws, *v.shape[1:]), num_invalid=0)
 
     def fill(self, rows: slice, draws: Simulations) -> Simulations:
         """Write draws into these rows, in place where the type of their numbers allows.
@@ -84,10 +78,10 @@ class Simulations:
         ValueError
             If a site has another shape.
         """
-        return Simulations(
-            _filled(self.parameters, rows, draws.parameters),
-            _filled(self.observations, rows, draws.observations),
-            self.num_invalid,
+        return replace(
+            self,
+            parameters=_filled(self.parameters, rows, draws.parameters),
+            observations=_filled(self.observations, rows, draws.observations),
         )
 
     @classmethod
@@ -108,6 +102,7 @@ class Simulations:
             {n: torch.cat([part.parameters[n] for part in parts]) for n in parts[0].parameters},
             {n: torch.cat([part.observations[n] for part in parts]) for n in parts[0].observations},
             sum(part.num_invalid for part in parts),
+            parts[0].dims,
         )
 
     def valid(self, keep_nan: bool = False) -> Simulations:
@@ -126,8 +121,7 @@ class Simulations:
         if bool(finite.all()):
             return self
         kept = self[finite.nonzero().squeeze(1)]
-        num_invalid = self.num_invalid + len(self) - len(kept)
-        return Simulations(kept.parameters, kept.observations, num_invalid)
+        return replace(kept, num_invalid=self.num_invalid + len(self) - len(kept))
 
     def save(self, path: str | Path) -> None:
         """Write the draws to a safetensors file."""
@@ -136,7 +130,8 @@ class Simulations:
             for group in ("parameters", "observations")
             for name, values in getattr(self, group).items()
         }
-        tensor_file.write(path, FORMAT, tensors, {"num_invalid": self.num_invalid})
+        about = {"num_invalid": self.num_invalid, "dims": dict(self.dims)}
+        tensor_file.write(path, FORMAT, tensors, about)
 
     @classmethod
     def load(cls, path: str | Path) -> Simulations:
@@ -152,7 +147,8 @@ class Simulations:
         for key, values in tensors.items():
             group, name = key.split(".", 1)
             groups[group][name] = values
-        return cls(groups["parameters"], groups["observations"], about["num_invalid"])
+        # Files of earlier versions do not name dimensions.
+        return cls(**groups, num_invalid=about["num_invalid"], dims=about.get("dims", {}))
 
     def to_frame(self) -> pd.DataFrame:
         """Return parameters and observations as a table, a row for each draw."""
@@ -173,7 +169,7 @@ class Simulations:
             What was observed: a tensor for one observed site, else a dict of tensors, each of shape
             ``(*shape)``. It becomes ``observed_data``, for prior predictive checks.
         dims
-            Names of the dimensions of a site.
+            Names of the dimensions of a site, instead of those of its plates.
         coords
             Labels of dimensions.
 
@@ -186,7 +182,17 @@ class Simulations:
         if x is not None:
             observed = x if isinstance(x, Mapping) else {next(iter(self.observations)): x}
             groups["observed_data"] = {n: torch.as_tensor(v) for n, v in observed.items()}
-        return export(groups, {"num_invalid": self.num_invalid}, dims=dims, coords=coords)
+        names = {**self.dims, **(dims or {})}
+        return export(groups, {"num_invalid": self.num_invalid}, dims=names, coords=coords)
+
+    def _with(self, change: Callable[[Tensor], Tensor], **changes: Any) -> Simulations:
+        """Return the same with the values of all sites changed."""
+        return replace(
+            self,
+            parameters={name: change(values) for name, values in self.parameters.items()},
+            observations={name: change(values) for name, values in self.observations.items()},
+            **changes,
+        )
 
     def _sites(self) -> list[tuple[str, Tensor]]:
         return [*self.parameters.items(), *self.observations.items()]

@@ -79,6 +79,8 @@ class Job(NamedTuple):
         Names of sites.
     shapes
         The shape of each of them in a single run.
+    dims
+        The names of its dimensions.
     plate_dim
         Dimension of the plate to draw in; ``None``: one draw at a time.
     device
@@ -91,6 +93,7 @@ class Job(NamedTuple):
     parameters: tuple[str, ...]
     observed: tuple[str, ...]
     shapes: Mapping[str, torch.Size] = {}
+    dims: Mapping[str, list[str]] = {}
     plate_dim: int | None = None
     device: torch.device = torch.device("cpu")
 

@@ -8,6 +8,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ...svi.export import plate_dims
 from ..model.simulator_runs import (
     Job,
     close,
@@ -21,7 +22,7 @@ from ..model.simulator_runs import (
 
 
 def plan(job: Job, seed: int) -> Job:
-    """Return the job with the shapes of its sites, its device and the dimension of its plate.
+    """Return the job with what a single run tells of its sites, and the dimension of its plate.
 
     A simulator says itself whether it works in a plate by an attribute ``works_in_plate``; others
     are tried. Runs in plates of different sizes are repeated draw by draw, with all sites set to
@@ -31,8 +32,12 @@ def plan(job: Job, seed: int) -> Job:
     with seeded(seed), torch.no_grad():
         single = run(job, job.simulator)
         drawn = values(single)
-        shapes = {name: drawn[name].shape for name in (*job.parameters, *job.observed)}
-        job = job._replace(shapes=shapes, device=drawn[job.parameters[0]].device)
+        names = (*job.parameters, *job.observed)
+        job = job._replace(
+            shapes={name: drawn[name].shape for name in names},
+            dims=plate_dims({name: single.nodes[name] for name in names}),
+            device=drawn[job.parameters[0]].device,
+        )
         trial = job._replace(plate_dim=_free_dim(single))
         works = getattr(job.simulator, "works_in_plate", None)
         if works is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def simulate(
     if path is not None:
         chunks.store_in(Path(path), job)
     chunks.run(job, executor, progress)
-    return _finite(chunks.finished(), keep_nan)
+    return _finite(replace(chunks.finished(), dims=job.dims), keep_nan)
 
 
 def simulate_at(
@@ -167,7 +168,7 @@ def simulate_at(
     num_draws = len(next(iter(given.values())))
     chunks = Chunks(num_draws, batch_size, seed, given)
     chunks.run(job, executor, progress)
-    return _finite(chunks.finished(), keep_nan)
+    return _finite(replace(chunks.finished(), dims=job.dims), keep_nan)
 
 
 def given_or_drawn(
