@@ -2,6 +2,7 @@
 
 from . import diagnostics, distributions, flows, sbi, transforms
 from .distributions import Flow, FlowMixture
+from .export import to_arviz
 from .flows import flow, register_flow
 from .guides import (
     AmortizedFlow,
@@ -31,7 +32,6 @@ from .svi import (
     fit_restarts,
     load,
     neutra,
-    to_arviz,
 )
 
 __all__ = [

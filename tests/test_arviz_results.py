@@ -141,24 +141,61 @@ def test_draws_given_one_observation_have_the_models_names(result: Callable) -> 
 
 
 def test_simulations_are_prior_and_prior_predictive_draws() -> None:
-    data = simulations().to_arviz(x=X, dims={"effect": ["place"], "x": ["place"]})
+    data = simulations().to_arviz(x=X, coords={"place": PLACES})
     assert names_of(data) == {"prior", "prior_predictive", "observed_data"}
     np.testing.assert_array_equal(data["prior"]["mean"][0], simulations().parameters["mean"])
     np.testing.assert_array_equal(data["prior_predictive"]["x"][0], simulations().observations["x"])
     assert data["prior_predictive"]["x"].dims == ("chain", "draw", "place")
+    assert list(data["prior"]["effect"].coords["place"].values) == PLACES
     np.testing.assert_array_equal(data["observed_data"]["x"], X)
+    assert data["observed_data"]["x"].dims == ("place",)
     assert data.attrs["num_invalid"] == 0
     assert names_of(simulations().to_arviz()) == {"prior", "prior_predictive"}
     assert names_of(simulations().to_arviz(x={"x": X})) == names_of(data)
+
+
+def test_simulations_keep_the_names_of_plates(tmp_path: Path) -> None:
+    """Through all that makes simulations of simulations; what is given goes before."""
+    whole = simulations()
+    whole.save(tmp_path / "simulations")
+    several = (
+        whole[:5],
+        whole.to("cpu"),
+        whole.valid(),
+        whole.empty(5).fill(slice(0, 5), whole[:5]),
+        Simulations.concatenate([whole[:3], whole[3:]]),
+        Simulations.load(tmp_path / "simulations"),
+        simulate(simulator, 7, args=(SIZES,), batch_size=3, path=tmp_path / "f", progress=False),
+    )
+    for one in several:
+        assert one.to_arviz()["prior"]["effect"].dims == ("chain", "draw", "place")
+    data = whole.to_arviz(dims={"effect": ["somewhere"]})
+    assert data["prior"]["effect"].dims == ("chain", "draw", "somewhere")
+    assert data["prior_predictive"]["x"].dims == ("chain", "draw", "place")
+
+
+def test_simulations_of_no_known_simulator_number_their_dimensions(tmp_path: Path) -> None:
+    from pyroflows import tensor_file
+
+    unknown = Simulations(simulations().parameters, simulations().observations)
+    tensors = {"parameters.a": torch.zeros(5, 2), "observations.x": torch.zeros(5)}
+    tensor_file.write(tmp_path / "old", "pyroflows.Simulations/1", tensors, {"num_invalid": 0})
+    old = Simulations.load(tmp_path / "old")
+    assert unknown.to_arviz()["prior"]["effect"].dims == ("chain", "draw", "effect_dim_0")
+    assert old.to_arviz()["prior"]["a"].dims == ("chain", "draw", "a_dim_0")
 
 
 def test_predictive_checks_hold_simulated_data() -> None:
     check = predictive_check(
         simulations().parameters, simulator, x=X, args=(SIZES,), progress=False
     )
-    data = check.to_arviz(dims={"effect": ["place"], "x": ["place"]}, coords={"place": PLACES})
+    data = check.to_arviz(coords={"place": PLACES})
     assert names_of(data) == {"posterior", "posterior_predictive", "observed_data"}
     assert data["posterior_predictive"]["x"].dims == ("chain", "draw", "place")
+    assert data["posterior"]["effect"].dims == ("chain", "draw", "place")
+    assert data["observed_data"]["x"].dims == ("place",)
+    other = check.to_arviz(dims={"effect": ["somewhere"]})
+    assert other["posterior"]["effect"].dims == ("chain", "draw", "somewhere")
     assert list(check.to_frame().columns) == list(simulations().to_frame().columns)
     az.plot_ppc(data)
 
@@ -304,7 +341,6 @@ def test_summary_of_a_learned_likelihoods_posterior() -> None:
 
 @cache
 def converted() -> dict[str, Any]:
-    sites = {"effect": ["place"], "x": ["place"]}
     return {
         "variational": variational().to_arviz(num_prior_draws=30),
         "resampled": variational().to_arviz(num_prior_draws=30, resample=True),
@@ -313,7 +349,7 @@ def converted() -> dict[str, Any]:
         "batch": amortized().to_arviz(x=torch.stack([X, -X]), num_samples=50),
         "corrected": corrected().to_arviz(),
         "likelihood": likelihood().to_arviz(),
-        "simulations": simulations().to_arviz(x=X, dims=sites),
+        "simulations": simulations().to_arviz(x=X),
         "density": density_to_arviz(flow(), rows(), num_replicates=5),
     }
 
@@ -346,6 +382,22 @@ def test_arviz_leaves_one_out_and_checks_predictions(name: str) -> None:
     az.plot_ppc(data, num_pp_samples=10)
     az.plot_ppc(data, group="prior", num_pp_samples=10)
     assert np.isfinite(az.psens(data, component="prior", var_names=["scale"]))
+
+
+def test_arviz_leaves_points_out_of_corrected_posteriors() -> None:
+    data = converted()["corrected"]
+    assert names_of(data) == {
+        *("posterior", "sample_stats", "log_likelihood", "log_prior"),
+        *("observed_data", "constant_data"),
+    }
+    assert data["log_likelihood"]["x"].dims == ("chain", "draw", "place")
+    assert data["log_prior"]["effect"].dims == ("chain", "draw", "place")
+    pointwise = az.loo(data, pointwise=True)
+    assert pointwise.n_data_points == 3
+    assert np.isfinite(pointwise.elpd_loo)
+    az.plot_khat(pointwise)
+    table = az.compare({"by_weights": corrected().loo().to_arviz(), "plain": pointwise})
+    assert set(table.index) == {"by_weights", "plain"}
 
 
 def test_arviz_compares_results() -> None:
@@ -396,7 +448,50 @@ print(json.dumps({
 """
 
 
-@pytest.mark.skipif(ARVIZ_1 is None, reason="PYROFLOWS_ARVIZ1_PYTHON names no Python of ArviZ 1")
+CORRECTED_UNDER_ARVIZ_1 = """
+import json, sys
+import arviz as az
+data = az.from_netcdf(f"{sys.argv[1]}/corrected.nc")
+log_p, log_q = (data["sample_stats"][name] for name in ("lp", "log_q"))
+by_weights = az.loo_approximate_posterior(data, log_p, log_q, pointwise=True)
+print(json.dumps({
+    "version": az.__version__,
+    "dims": list(by_weights.elpd_i.dims),
+    "elpd_i": by_weights.elpd_i.values.tolist(),
+    "pareto_k": by_weights.pareto_k.values.tolist(),
+    "of_plain_draws": int(az.loo(data).n_data_points),
+}))
+"""
+
+needs_arviz_1 = pytest.mark.skipif(
+    ARVIZ_1 is None, reason="PYROFLOWS_ARVIZ1_PYTHON names no Python of ArviZ 1"
+)
+
+
+def under_arviz_1(script: str, folder: Path) -> dict[str, Any]:
+    """Run a script there; return what it prints last."""
+    done = subprocess.run(
+        [str(ARVIZ_1), "-W", "ignore", "-c", script, str(folder)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["version"].startswith("1.")
+    return found
+
+
+@needs_arviz_1
+def test_corrected_posteriors_leave_points_out_under_the_other_major(tmp_path: Path) -> None:
+    converted()["corrected"].to_netcdf(str(tmp_path / "corrected.nc"))
+    found, left_out = under_arviz_1(CORRECTED_UNDER_ARVIZ_1, tmp_path), corrected().loo()
+    np.testing.assert_allclose(found["elpd_i"], left_out.elpd_i, atol=1e-3)
+    np.testing.assert_allclose(found["pareto_k"], left_out.khat, atol=1e-2)
+    assert found["dims"] == ["place"]
+    assert found["of_plain_draws"] == 3
+
+
+@needs_arviz_1
 def test_files_open_under_the_other_major(tmp_path: Path) -> None:
     """A result written here, read there, and written back; both leave out by the same weights."""
     result, data = variational(), converted()["variational"]
@@ -404,14 +499,7 @@ def test_files_open_under_the_other_major(tmp_path: Path) -> None:
     SBC(torch.arange(100).unsqueeze(-1), 99, ("theta",)).to_arviz().to_netcdf(
         str(tmp_path / "sbc.nc")
     )
-    done = subprocess.run(
-        [str(ARVIZ_1), "-W", "ignore", "-c", UNDER_ARVIZ_1, str(tmp_path)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["version"].startswith("1.")
+    found = under_arviz_1(UNDER_ARVIZ_1, tmp_path)
     assert found["groups"] == sorted(names_of(data))
     assert found["verdict"] == result.verdict
     assert found["mean"] == pytest.approx(float(data["posterior"]["scale"].mean()), rel=1e-3)

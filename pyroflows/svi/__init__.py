@@ -6,7 +6,7 @@ from .forward_kl import cover_mass
 from .neutra import neutra
 from .neutra_posterior import NeuTraPosterior
 from .pathwise_elbo import PathwiseELBO
-from .posterior import VariationalPosterior, load, to_arviz
+from .posterior import VariationalPosterior, load
 from .restarts import Restarts, fit_restarts
 
 __all__ = [
@@ -21,5 +21,4 @@ __all__ = [
     "fit_restarts",
     "load",
     "neutra",
-    "to_arviz",
 ]

@@ -63,6 +63,22 @@ def model_groups(density: ModelDensity, z: Tensor, num_prior_draws: int) -> Grou
 
 
 @torch.no_grad()
+def log_densities(density: ModelDensity, z: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Return the log-densities of observations and of latent numbers at draws ``(S, D)``.
+
+    From groups of ArviZ to sites to tensors ``(S, *shape)``. Where the model sums discrete sites
+    out, observations depend on each other, and have no densities of their own.
+    """
+    names = {
+        "log_likelihood": [] if density.has_enumeration else [*density.data_sites],
+        "log_prior": [*density.sites],
+    }
+    wanted = {name for group in names.values() for name in group}
+    values = _collect(density, z, "log_prob", lambda site: site["name"] in wanted)
+    return {group: {name: values[name] for name in names[group]} for group in names}
+
+
+@torch.no_grad()
 def pointwise_log_likelihood(
     density: ModelDensity, z: Tensor, site: str | None
 ) -> tuple[Tensor, list[str]]:
@@ -116,15 +132,12 @@ def as_chain(values: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def _posterior_groups(density: ModelDensity, z: Tensor) -> Groups:
-    def collect(key: str, select: Callable, model: Callable | None = None) -> dict[str, np.ndarray]:
-        return as_chain(_collect(density, z, key, select, model))
-
+    predictive = _collect(density, z, "value", density.is_data, density.without_data())
     return {
         "posterior": as_chain({**density.constrain(z), **density.deterministic(z)}),
         "unconstrained_posterior": as_chain(_unconstrained(density, z)),
-        "log_likelihood": {} if density.has_enumeration else collect("log_prob", density.is_data),
-        "log_prior": collect("log_prob", lambda site: site["name"] in density.sites),
-        "posterior_predictive": collect("value", density.is_data, density.without_data()),
+        **{group: as_chain(values) for group, values in log_densities(density, z).items()},
+        "posterior_predictive": as_chain(predictive),
     }
 
 

@@ -1,4 +1,4 @@
-"""What variational inference returns: draws, densities and a verdict."""
+"""What variational inference returns: weighted draws, densities and a verdict."""
 
 from __future__ import annotations
 
@@ -7,27 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
-from ..diagnostics import effective_sample_size, log_evidence, psis
-from ..diagnostics.frames import frame
+from ..diagnostics import psis
 from ..diagnostics.loo import LOO, loo
-from ..random_state import preserved, seeded
+from ..random_state import seeded
 from .density import ModelDensity
 from .export import assemble, pointwise_log_likelihood, weighted_groups
 from .storage import read, write
-from .summary import describe
+from .weighted_posterior import WeightedPosterior
 from .weighting import draw, weighted_draws, without_nan
 
 STORED_TENSORS = ("losses", "draws", "log_p", "log_q")
-KHAT_GOOD, KHAT_USABLE = 0.5, 0.7
-EQUAL_LOG_WEIGHTS = 0.1  # no draw counts more than 1.1 times the average
 
 
-class VariationalPosterior:
+class VariationalPosterior(WeightedPosterior):
     r"""Hold a fitted guide together with weighted draws that say how good it is.
 
     The draws :math:`z_s` come from the guide and carry importance weights
@@ -81,13 +77,9 @@ class VariationalPosterior:
         log_p: Tensor,
         log_q: Tensor,
     ) -> None:
+        super().__init__(draws, log_p, log_q, density.min_weighted_draws)
         self.density = density
         self.losses = losses
-        self.draws = draws
-        self.log_p = log_p
-        self.log_q = log_q
-        self.log_weights = log_p - log_q
-        self._assess()
 
     @classmethod
     def from_guide(
@@ -96,21 +88,6 @@ class VariationalPosterior:
         """Draw from a fitted guide and weight the draws against the model."""
         with seeded(seed + 1):  # not the noise the guide was fitted on
             return cls(density, losses, *weighted_draws(density, num_draws))
-
-    def _assess(self) -> None:
-        weights = without_nan(self.log_weights).double()
-        self.elbo = weights.mean().item()
-        self.elbo_standard_error = (weights.std() / len(weights) ** 0.5).item()
-        if not self.is_weighted:
-            self.log_weights_psis = torch.full_like(weights, math.nan)
-            self.khat = self.ess = self._largest_log_weight = math.nan
-            self.log_evidence = self.log_evidence_standard_error = math.nan
-            return
-        self.log_weights_psis, self.khat = psis(without_nan(self.log_weights))
-        self.log_weights_psis = self.log_weights_psis.double()
-        self.ess = effective_sample_size(self.log_weights_psis)
-        self.log_evidence, self.log_evidence_standard_error = log_evidence(weights)
-        self._largest_log_weight = weights.max().item() - self.log_evidence
 
     @property
     def model(self) -> Callable:
@@ -127,14 +104,13 @@ class VariationalPosterior:
         """Say in words whether to trust the answer, and what to do if not."""
         if not self.is_weighted:
             return (
-                f"k-hat was not computed: it takes {self.density.min_weighted_draws} draws of all "
+                f"k-hat was not computed: it takes {self.min_weighted_draws} draws of all "
                 f"{self.draws.shape[-1]} latent dimensions, which grow with the data; there are "
                 f"{len(self.draws)}, unless num_draws asks for more. The ELBO, {self.elbo:.1f} "
                 f"with standard error {self.elbo_standard_error:.1f}, is a lower bound on the log "
                 "evidence: see whether longer fits and larger guides raise it."
             )
-        # Where all weights are nearly equal, the shape of their tail says nothing.
-        if self.khat < KHAT_GOOD or self._largest_log_weight < EQUAL_LOG_WEIGHTS:
+        if self.is_close:
             return (
                 "The guide is close to the posterior, where it has mass: use its draws as they "
                 "are. Only fits from other starts (pf.fit_restarts) can find modes it has missed."
@@ -148,16 +124,6 @@ class VariationalPosterior:
             f"The guide misses part of the posterior (k-hat = {self.khat:.2f}, above 0.7): even "
             f"weighted answers are unreliable. {self.density.remedies}"
         )
-
-    @property
-    def is_weighted(self) -> bool:
-        """Tell whether the draws are enough for importance weights, and what rests on these."""
-        return len(self.draws) >= self.density.min_weighted_draws
-
-    @property
-    def is_reliable(self) -> bool:
-        """Tell whether weighted answers can be trusted."""
-        return self.khat < KHAT_USABLE or self._largest_log_weight < EQUAL_LOG_WEIGHTS
 
     @torch.no_grad()
     def sample(self, num_samples: int, resample: bool = False, seed: int | None = None) -> dict:
@@ -195,10 +161,9 @@ class VariationalPosterior:
         if not resample:
             return draw(self.density, num_samples)[0]
         z, log_p, log_q = weighted_draws(self.density, max(4 * num_samples, len(self.draws)))
-        weights = psis((log_p - log_q).double().nan_to_num(nan=-math.inf, neginf=-math.inf))[
-            0
-        ].exp()
-        return z[torch.multinomial(weights, num_samples, replacement=True)]
+        log_weights = (log_p - log_q).double().nan_to_num(nan=-math.inf, neginf=-math.inf)
+        smoothed, _ = psis(log_weights)
+        return z[torch.multinomial(smoothed.exp(), num_samples, replacement=True)]
 
     @torch.no_grad()
     def site_values(self, z: Tensor) -> dict[str, Tensor]:
@@ -219,25 +184,6 @@ class VariationalPosterior:
         """
         z, log_det = self.density.unconstrain(values)
         return self._posterior().log_prob(z) + log_det
-
-    def summary(self) -> pd.DataFrame:
-        """Tabulate each latent number: the guide's answer and the importance-weighted one.
-
-        Returns
-        -------
-        pandas.DataFrame
-            One row per entry of each site: mean, standard deviation and the 5 %, 50 % and 95 %
-            quantiles of the guide's draws, then the mean and standard deviation of the weighted
-            draws. The verdict is in ``attrs``.
-        """
-        table = describe(self.site_values(self.draws), self.log_weights_psis.exp())
-        table.attrs.update(self.scalars(), verdict=self.verdict)
-        return table
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return the guide's draws as a table, a row each, with their smoothed log-weights."""
-        values = self.site_values(self.draws)
-        return frame({**values, "log_weight_psis": self.log_weights_psis})
 
     def loo(self, site: str | None = None) -> LOO:
         """Estimate how well each observation is predicted by all others, without further fits.
@@ -261,17 +207,6 @@ class VariationalPosterior:
         values, dims = pointwise_log_likelihood(self.density, self.draws, site)
         return loo(values, without_nan(self.log_weights), dims)
 
-    def scalars(self) -> dict[str, float]:
-        """Return the numbers of the verdict."""
-        return {
-            "elbo": self.elbo,
-            "elbo_standard_error": self.elbo_standard_error,
-            "khat": self.khat,
-            "ess": self.ess,
-            "log_evidence": self.log_evidence,
-            "log_evidence_standard_error": self.log_evidence_standard_error,
-        }
-
     def to(self, device: torch.device | str) -> VariationalPosterior:
         """Move the guide, the model's arguments and the draws to a device; return the result."""
         density = self.density.to(device)
@@ -291,10 +226,7 @@ class VariationalPosterior:
         ValueError
             If ``path`` cannot be written.
         """
-        tensors = {name: getattr(self, name) for name in STORED_TENSORS}
-        for i, parameter in enumerate(self.density.parameters()):
-            tensors[f"model.{i}"] = parameter
-        write(path, self.guide, self.density.args, self.density.kwargs, self._sites(), tensors)
+        write(path, self.density, {name: getattr(self, name) for name in STORED_TENSORS})
 
     def to_arviz(
         self,
@@ -364,12 +296,9 @@ class VariationalPosterior:
     def _check_weights(self, instead: str) -> None:
         if not self.is_weighted:
             raise ValueError(
-                f"importance weights take {self.density.min_weighted_draws} draws, got "
+                f"importance weights take {self.min_weighted_draws} draws, got "
                 f"{len(self.draws)}: fit with a larger num_draws, or {instead}"
             )
-
-    def _sites(self) -> dict[str, list[int]]:
-        return {name: list(site["value"].shape) for name, site in self.density.sites.items()}
 
     def _posterior(self) -> torch.distributions.Distribution:
         return self.guide.get_posterior(*self.density.args, **self.density.kwargs)
@@ -412,33 +341,5 @@ def load(path: str | Path, model: Callable) -> VariationalPosterior:
     >>> again.elbo == result.elbo
     True
     """
-    stored = read(path, model, (*STORED_TENSORS,))
-    foreign = f"path {str(path)!r} holds the result of another model"
-    try:
-        with preserved():
-            density = ModelDensity(model, stored.guide, stored.args, stored.kwargs)
-        stored.guide.load_state_dict(stored.weights)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{foreign}: {error}") from error
-    result = VariationalPosterior(density, *(stored.tensors[name] for name in STORED_TENSORS))
-    if result._sites() != stored.sites:
-        raise ValueError(f"{foreign}: its sites are {stored.sites}, the model's {result._sites()}")
-    with torch.no_grad():
-        for i, parameter in enumerate(density.parameters()):
-            parameter.copy_(stored.tensors[f"model.{i}"])
-    return result
-
-
-def to_arviz(result: Any, **options: Any) -> Any:
-    """Convert a result to ArviZ, as its own method ``to_arviz`` does, with the same options.
-
-    Examples
-    --------
-    >>> import pyroflows as pf
-    >>> simulations = pf.sbi.Simulations({"theta": torch.zeros(5)}, {"x": torch.zeros(5, 3)})
-    >>> to_arviz(simulations)["prior_predictive"]["x"].shape
-    (1, 5, 3)
-    """
-    if not hasattr(result, "to_arviz"):
-        raise TypeError(f"result must be what pyroflows returns, got {type(result).__name__}")
-    return result.to_arviz(**options)
+    density, tensors = read(path, model, STORED_TENSORS)
+    return VariationalPosterior(density, *tensors)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pyro.infer.autoguide import AutoContinuous, AutoDiagonalNormal, AutoMultivariateNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal
 from torch import Tensor, nn
 
 from .. import guides, tensor_file
 from ..nn import activation as activations
+from ..random_state import preserved
+from .density import ModelDensity
 
 FORMAT = "pyroflows.VariationalPosterior/2"
 
@@ -33,15 +34,10 @@ _GUIDES = {
 }
 
 
-def write(
-    path: str | Path,
-    guide: AutoContinuous,
-    args: Any,
-    kwargs: Any,
-    sites: Mapping[str, list[int]],
-    tensors: Mapping[str, Tensor],
-) -> None:
-    """Write a guide, the model's arguments and tensors to a file, at once or not at all.
+def write(path: str | Path, density: ModelDensity, tensors: Mapping[str, Tensor]) -> None:
+    """Write a model's arguments, its guide and tensors to a file, at once or not at all.
+
+    Learned parameters of the model are written too, the model is not.
 
     Raises
     ------
@@ -50,52 +46,72 @@ def write(
     ValueError
         If ``path`` cannot be written.
     """
-    content = dict(tensors)
-    content.update({f"guide.{name}": value for name, value in guide.state_dict().items()})
+    content = {**tensors, **_parameters(density)}
+    content.update({f"guide.{name}": value for name, value in density.guide.state_dict().items()})
     metadata = {
-        "guide": _describe_guide(guide),
-        "args": _encode(args, "args", content),
-        "kwargs": _encode(kwargs, "kwargs", content),
-        "sites": dict(sites),
+        "guide": _describe_guide(density.guide),
+        "args": _encode(density.args, "args", content),
+        "kwargs": _encode(density.kwargs, "kwargs", content),
+        "sites": _site_shapes(density),
     }
     tensor_file.write(path, FORMAT, content, metadata)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Hold what a file contains: the guide, not set up yet, its weights, arguments, tensors."""
-
-    guide: AutoContinuous
-    weights: dict[str, Tensor]
-    args: tuple
-    kwargs: dict[str, Any]
-    sites: dict[str, list[int]]
-    tensors: dict[str, Tensor]
-
-
-def read(path: str | Path, model: Callable, required: Sequence[str]) -> Stored:
+def read(
+    path: str | Path, model: Callable, names: Sequence[str]
+) -> tuple[ModelDensity, list[Tensor]]:
     """Read a file written by :func:`write`; no code in it is executed, for there is none.
+
+    Parameters
+    ----------
+    path
+        The file.
+    model
+        The model it belongs to, whose learned parameters are put back in place.
+    names
+        The tensors to return, besides the model with its guide.
 
     Raises
     ------
     ValueError
-        If the file cannot be read, holds something else, or lacks a required tensor.
+        If the file cannot be read, holds something else, lacks one of the tensors, or belongs to
+        another model.
     """
     tensors, content = tensor_file.read(path, FORMAT)
-    weights = {k.removeprefix("guide."): v for k, v in tensors.items() if k.startswith("guide.")}
     try:
-        for name in required:
-            tensors[name]
-        return Stored(
-            _build_guide(content["guide"], model),
-            weights,
-            _decode(content["args"], tensors),
-            _decode(content["kwargs"], tensors),
-            content["sites"],
-            tensors,
-        )
+        wanted = [tensors[name] for name in names]
+        guide = _build_guide(content["guide"], model)
+        args, kwargs = (_decode(content[key], tensors) for key in ("args", "kwargs"))
+        sites = content["sites"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"path {str(path)!r} holds a damaged result: {error!r}") from error
+    try:
+        with preserved():
+            density = ModelDensity(model, guide, args, kwargs)
+        if (shapes := _site_shapes(density)) != sites:
+            raise ValueError(f"its sites are {sites}, the model's {shapes}")
+        _fill(density, tensors)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        foreign = f"path {str(path)!r} holds the result of another model"
+        raise ValueError(f"{foreign}: {error}") from error
+    return density, wanted
+
+
+def _fill(density: ModelDensity, tensors: Mapping[str, Tensor]) -> None:
+    """Give the guide its weights, and the model its learned parameters."""
+    weights = {k.removeprefix("guide."): v for k, v in tensors.items() if k.startswith("guide.")}
+    density.guide.load_state_dict(weights)
+    with torch.no_grad():
+        for name, parameter in _parameters(density).items():
+            parameter.copy_(tensors[name])
+
+
+def _parameters(density: ModelDensity) -> dict[str, Tensor]:
+    return {f"model.{i}": parameter for i, parameter in enumerate(density.parameters())}
+
+
+def _site_shapes(density: ModelDensity) -> dict[str, list[int]]:
+    return {name: list(site["value"].shape) for name, site in density.sites.items()}
 
 
 def _describe_guide(guide: nn.Module) -> dict[str, Any]:

@@ -7,22 +7,20 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from ...diagnostics import effective_sample_size, log_evidence, psis
-from ...diagnostics.frames import frame
+from ...diagnostics.loo import LOO, loo
 from ...random_state import seeded
-from ...svi.summary import describe
+from ...svi.density import ModelDensity
+from ...svi.export import log_densities, pointwise_log_likelihood
+from ...svi.weighted_posterior import WeightedPosterior
 from ..model.joint_density import JointDensity
 from ..model.space import ParameterSpace
-from .export import export_posterior
-
-KHAT_GOOD, KHAT_USABLE = 0.5, 0.7
+from .export import export_posterior, given
 
 
-class CorrectedPosterior:
+class CorrectedPosterior(WeightedPosterior):
     r"""Hold weighted draws given one observation; what :meth:`Posterior.correct` returns.
 
     The draws come from the learned posterior :math:`q(z \mid x)` and carry importance weights
@@ -39,6 +37,8 @@ class CorrectedPosterior:
         ``log_p - log_q``.
     log_weights_psis
         The same smoothed, and normalised.
+    elbo, elbo_standard_error
+        Mean of the log-weights: a lower bound on :math:`\log p(x)`, in nats.
     khat
         Tail index of the weights: below 0.5 the learned posterior is close to the true one, up to
         0.7 weighted answers are reliable, above they are not.
@@ -50,7 +50,7 @@ class CorrectedPosterior:
     Warns
     -----
     UserWarning
-        If k-hat is 0.7 or more.
+        If weighted answers are unreliable: k-hat is 0.7 or more.
 
     References
     ----------
@@ -84,26 +84,20 @@ class CorrectedPosterior:
         about: Mapping[str, Any],
         joint: JointDensity | None = None,
     ) -> None:
+        super().__init__(draws, log_p.double(), log_q.double())
         self.space = space
-        self.draws = draws
-        self.log_p = log_p
-        self.log_q = log_q
         self.observed = dict(observed)
         self.about = dict(about)
         self.joint = joint
-        self.log_weights = log_p.double() - log_q.double()
-        self.log_weights_psis, self.khat = psis(self.log_weights)
-        self.ess = effective_sample_size(self.log_weights_psis)
-        self.log_evidence, self.log_evidence_standard_error = log_evidence(self.log_weights)
-        if self.khat >= KHAT_USABLE:
+        if not self.is_reliable:
             warnings.warn(self.verdict, stacklevel=3)
 
     @property
     def verdict(self) -> str:
         """Say in words whether to trust the answer."""
-        if self.khat < KHAT_GOOD:
+        if self.is_close:
             return "The learned posterior is close to the true one: use its draws as they are."
-        if self.khat < KHAT_USABLE:
+        if self.is_reliable:
             return (
                 "The learned posterior is near the true one: weighted answers and sample(...) are "
                 "reliable, plain draws are slightly off."
@@ -136,40 +130,46 @@ class CorrectedPosterior:
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        return self.space.constrain(self.draws[self._resampled(num_samples, seed)])
+        return self.site_values(self.draws[self._resampled(num_samples, seed)])
+
+    def site_values(self, z: Tensor) -> dict[str, Tensor]:
+        """Map unconstrained vectors ``(S, D)`` to values of all sites."""
+        return self.space.constrain(z)
 
     def _resampled(self, num_samples: int, seed: int | None) -> Tensor:
         with seeded(seed):
             weights = self.log_weights_psis.exp()
             return torch.multinomial(weights, num_samples, replacement=True)
 
-    def summary(self) -> pd.DataFrame:
-        """Tabulate each parameter: the learned answer and the importance-weighted one.
+    def loo(self, site: str | None = None) -> LOO:
+        """Estimate how well each point of the observation is predicted by all others.
 
-        Returns
-        -------
-        pandas.DataFrame
-            One row per entry of each site: mean, standard deviation and the 5 %, 50 % and 95 %
-            quantiles of the learned posterior, then mean and standard deviation of the weighted
-            draws. The verdict is in ``attrs``.
+        The weights that leave a point out also correct the learned posterior, see
+        :func:`pyroflows.diagnostics.loo`, which ``arviz.loo`` of plain draws does not do. Give
+        ``corrected.loo().to_arviz()`` to ``arviz.compare``.
+
+        Parameters
+        ----------
+        site
+            The observed site. Default: the only one.
+
+        Raises
+        ------
+        ValueError
+            If the simulator is not known, there is no such site, or its points are not in a plate
+            or scaled.
         """
-        table = describe(self.space.constrain(self.draws), self.log_weights_psis.exp())
-        table.attrs.update(self.scalars(), verdict=self.verdict)
-        return table
+        if self.joint is None:
+            raise ValueError("the simulator of this posterior is not known: correct another")
+        density, z = self._given(self.joint, self.draws)
+        values, dims = pointwise_log_likelihood(density, z, site)
+        return loo(values, self.log_weights, dims)
 
-    def scalars(self) -> dict[str, float]:
-        """Return the numbers of the verdict."""
-        return {
-            "khat": self.khat,
-            "ess": self.ess,
-            "log_evidence": self.log_evidence,
-            "log_evidence_standard_error": self.log_evidence_standard_error,
-        }
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return the learned draws as a table, a row each, with their smoothed log-weights."""
-        values = self.space.constrain(self.draws)
-        return frame({**values, "log_weight_psis": self.log_weights_psis})
+    def _given(self, joint: JointDensity, draws: Tensor) -> tuple[ModelDensity, Tensor]:
+        """Return the density of the simulator given the observation, and draws as its vectors."""
+        best = self.space.constrain(self.draws[self.log_weights.argmax()])
+        density = given(joint, self.observed, best)
+        return density, density.unconstrain(self.space.constrain(draws))[0]
 
     def to_arviz(
         self,
@@ -179,7 +179,12 @@ class CorrectedPosterior:
         coords: Mapping[str, Sequence[Any]] | None = None,
         seed: int | None = 0,
     ) -> Any:
-        """Convert to ArviZ: draws, weights and the observation, the verdict in the attributes.
+        """Convert to ArviZ.
+
+        The draws are one chain of the group ``posterior``, with their weights in ``sample_stats``,
+        the observation in ``observed_data`` and, where the simulator is known, the log-densities of
+        points of the observation in ``log_likelihood``, those of parameters in ``log_prior``, and
+        other arguments of the model in ``constant_data``. The verdict is in the attributes.
 
         Parameters
         ----------
@@ -208,11 +213,13 @@ class CorrectedPosterior:
         if resample:
             stats["log_weight"] = torch.zeros_like(self.log_weights)
             stats["log_weight_psis"] = torch.full_like(self.log_weights, -math.log(size))
-        groups = {
+        groups: dict[str, Mapping[str, Tensor]] = {
             "posterior": self.space.constrain(self.draws[index]),
             "sample_stats": {name: value[index] for name, value in stats.items()},
             "observed_data": self.observed,
         }
+        if self.joint is not None:
+            groups |= log_densities(*self._given(self.joint, self.draws[index]))
         about = {
             **self.about,
             **self.scalars(),
