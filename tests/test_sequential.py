@@ -3,6 +3,7 @@
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -13,6 +14,7 @@ from torch import Tensor
 from pyroflows.sbi import FlowMatching, NeuralPosterior, Posterior, refine
 from pyroflows.sbi.estimators.sequential import _draw_prior, _Region
 from tests.simulators import conjugate
+from tests.test_augmentation import interrupt
 
 X = torch.tensor([2.0, 3.0])
 SETTINGS = {"num_steps": 400, "progress": False}
@@ -119,11 +121,126 @@ def test_simulations_can_be_given() -> None:
     assert 200 <= posterior.about["num_simulations"] <= 500
 
 
+# Interrupts and errors
+
+
+class Machine:
+    """Measure a number, one at a time, until something happens."""
+
+    def __init__(self, after: int = 10**9, error: BaseException | None = None) -> None:
+        self.num_measurements = 0
+        self.after = after
+        self.error = error
+
+    def __call__(self) -> None:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        self.num_measurements += 1  # not where the prior alone is asked for
+        if self.error is not None and self.num_measurements > self.after:
+            raise self.error
+        pyro.sample("x", dist.Normal(theta.item(), 0.5))
+
+
+def measured(machine: Machine, num_rounds: int = 3, **settings: Any) -> Posterior:
+    return refine(
+        FlowMatching(machine, width=16, num_blocks=1),
+        torch.tensor(1.0),
+        num_simulations=100,
+        num_rounds=num_rounds,
+        num_steps=60,
+        augment=False,
+        progress=False,
+        **settings,
+    )
+
+
+@cache
+def answer(num_rounds: int) -> Tensor:
+    return drawn(measured(Machine(), num_rounds))
+
+
+def drawn(posterior: Posterior) -> Tensor:
+    return posterior.sample(50, x=torch.tensor(1.0), seed=0)["theta"]
+
+
+@pytest.mark.parametrize(
+    ("after", "error", "num_finished", "message"),
+    [
+        (170, KeyboardInterrupt(), 1, "interrupted"),
+        (290, KeyboardInterrupt(), 2, "interrupted"),
+        (170, OSError("no paper"), 1, "the simulator raised OSError: no paper; parameters: theta"),
+    ],
+)
+def test_what_stops_the_simulator_leaves_the_rounds_that_are_finished(
+    after: int, error: BaseException, num_finished: int, message: str
+) -> None:
+    """Each round measures 100 times, and a few times before it begins."""
+    found = f"round {num_finished + 1} of 3 .* posterior is that of round {num_finished}: {message}"
+    with pytest.warns(UserWarning, match=found):
+        posterior = measured(Machine(after, error))
+    assert torch.equal(drawn(posterior), answer(num_finished))
+
+
+def test_the_first_round_has_nothing_to_leave() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        measured(Machine(50, KeyboardInterrupt()))
+
+
+def test_a_first_round_alone_holds_for_all_observations() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measured(Machine(), 1).sample(10, x=torch.tensor(-1.0))
+
+
+@pytest.mark.filterwarnings("ignore:interrupted. the density")
+def test_an_interrupted_training_goes_on_when_called_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Round 2 is at its second validation, of 50 steps and then 10, when it is interrupted."""
+    from pyroflows.sbi.estimators import estimator as module
+
+    checkpoint = tmp_path / "training"
+    with monkeypatch.context() as patch:
+        interrupt(patch, module, after=62 + 55)  # 60 steps and 2 validations of round 1
+        with pytest.warns(UserWarning, match="round 2 of 2 .* is that of round 1: interrupted"):
+            posterior = measured(Machine(), 2, checkpoint=checkpoint)
+    assert torch.equal(drawn(posterior), answer(1))
+    scored = []
+    with monkeypatch.context() as patch:
+        score = module._Trained.score
+        patch.setattr(module._Trained, "score", lambda *a: scored.append(1) or score(*a))
+        again = measured(Machine(), 2, checkpoint=checkpoint)
+    assert len(scored) == 11  # the last 10 steps and their validation
+    torch.testing.assert_close(drawn(again), answer(2))
+
+
+def test_a_training_that_fails_leaves_the_rounds_that_are_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fit, calls = FlowMatching.fit, []
+
+    def failing(*args: Any, **settings: Any) -> Posterior:
+        calls.append(1)
+        if len(calls) > 1:
+            raise FloatingPointError("the loss is not finite")
+        return fit(*args, **settings)
+
+    monkeypatch.setattr(FlowMatching, "fit", failing)
+    with pytest.warns(UserWarning, match="is that of round 1: the loss is not finite"):
+        posterior = measured(Machine())
+    assert torch.equal(drawn(posterior), answer(1))
+
+
 def test_wrong_requests_are_refused() -> None:
     def refused(message: str, error: type = ValueError, x: Tensor = X, **options: float) -> None:
         with pytest.raises(error, match=message):
             refine(options.pop("estimator", estimator()), x, num_simulations=10, **options)
 
+    def hierarchical() -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        theta = pyro.sample("theta", dist.Normal(mean, 1.0).expand([2]).to_event(1))
+        pyro.sample("x", dist.Normal(theta, 1.0).to_event(1))
+
+    refused("the prior has no density", estimator=FlowMatching(hierarchical, parameters=["theta"]))
     refused("num_rounds must be at least 1, got 0", num_rounds=0)
     refused(r"epsilon must lie in \(0, 0.5\), got 0.7", epsilon=0.7)
     refused(r"x must be one observation, got a batch \(3,\)", x=torch.zeros(3, 2))

@@ -45,6 +45,9 @@ def refine(
     The region is the ball that holds :math:`1 - \epsilon / 2` of the noise, carried to parameters,
     less where the density is below its :math:`\epsilon / 2` quantile.
 
+    An interrupt, or an error on the way, in any round but the first leaves the posterior of the
+    round before, with a warning.
+
     Parameters
     ----------
     estimator
@@ -64,12 +67,14 @@ def refine(
     progress
         Whether to show progress bars.
     **settings
-        See :meth:`Estimator.fit`. With ``checkpoint`` each round has a file of its own.
+        See :meth:`Estimator.fit`. With ``checkpoint`` each round has a file of its own: called
+        again in the same way, it simulates once more what it did, and goes on with the training
+        from there.
 
     Returns
     -------
     Posterior
-        For this observation.
+        For this observation, after two rounds or more.
 
     Raises
     ------
@@ -97,47 +102,94 @@ def refine(
     torch.Size([100])
     """
     observed = _checked(estimator, x, num_rounds, epsilon)
-    checkpoint = settings.pop("checkpoint", None)
-    keep_nan = estimator.observations.missing == "simulated"
-    if simulations is None:
-        simulations = simulate(
-            estimator.simulator,
-            num_simulations,
-            estimator.observed,
-            parameters=estimator.space.names,
-            args=estimator.args,
-            kwargs=estimator.kwargs,
-            seed=seed,
-            progress=progress,
-            keep_nan=keep_nan,
-        )
-    how: dict[str, Any] = {"seed": seed, "progress": progress, **settings}
-    posterior = estimator.fit(simulations, checkpoint=checkpoint, **how)
-    # Pairs drawn from the whole prior would undo the truncation.
-    how["augment"] = False
-    regions: list[_Region] = []
+    rounds = _Rounds(estimator, observed, num_simulations, epsilon, seed, progress, settings)
+    posterior = rounds.first(simulations)
+    assert posterior.fit is not None
+    if posterior.fit.interrupted:
+        return posterior  # it has no region to trust
     for number in range(1, num_rounds):
-        assert posterior.fit is not None
-        if posterior.fit.interrupted:
-            break  # no region to trust
-        regions.append(_Region(posterior, observed, epsilon, seed + number))
-        parameters = _draw_prior(posterior, regions, num_simulations, seed + number)
-        new = simulate_at(
-            estimator.simulator,
-            estimator.space.constrain(parameters),
-            estimator.observed,
-            args=estimator.args,
-            kwargs=estimator.kwargs,
-            seed=seed + number,
-            progress=progress,
-            keep_nan=keep_nan,
-        )
-        z = estimator.space.unconstrain(simulations.parameters).to(parameters)
-        kept = simulations[regions[-1].contains(z).nonzero().squeeze(-1).cpu()]
-        simulations = Simulations.concatenate([kept, new])
-        posterior = estimator.fit(simulations, checkpoint=stage(checkpoint, f".{number}"), **how)
-    posterior.about["observation"] = observed.tolist()
+        try:
+            posterior = rounds.next(posterior, number)
+        # What is learned already outlives whatever goes wrong in making it better.
+        except KeyboardInterrupt:
+            return _unfinished(posterior, number, num_rounds, "interrupted")
+        except (ArithmeticError, RuntimeError, ValueError) as error:
+            return _unfinished(posterior, number, num_rounds, error)
     return posterior
+
+
+def _unfinished(posterior: Posterior, number: int, num_rounds: int, reason: object) -> Posterior:
+    """Return the posterior of the last round, and say that it is."""
+    warnings.warn(
+        f"round {number + 1} of {num_rounds} was not finished: the posterior is that of round "
+        f"{number}: {reason}",
+        stacklevel=3,
+    )
+    return posterior
+
+
+class _Rounds:
+    """Hold what the rounds have in common, and what they have gathered."""
+
+    def __init__(
+        self,
+        estimator: FlowMatching,
+        observed: Tensor,
+        num_simulations: int,
+        epsilon: float,
+        seed: int,
+        progress: bool,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.estimator = estimator
+        self.observed = observed
+        self.num_simulations = num_simulations
+        self.epsilon = epsilon
+        self.seed = seed
+        self.settings = {"seed": seed, "progress": progress, **settings}
+        self.checkpoint = self.settings.pop("checkpoint", None)
+        self.simulating: dict[str, Any] = {
+            "observed": estimator.observed,
+            "args": estimator.args,
+            "kwargs": estimator.kwargs,
+            "progress": progress,
+            "keep_nan": estimator.observations.missing == "simulated",
+        }
+        self.regions: list[_Region] = []
+
+    def first(self, simulations: Simulations | None) -> Posterior:
+        """Learn from simulations of the whole prior."""
+        if simulations is None:
+            simulations = simulate(
+                self.estimator.simulator,
+                self.num_simulations,
+                parameters=self.estimator.space.names,
+                seed=self.seed,
+                **self.simulating,
+            )
+        self.simulations = simulations
+        return self.estimator.fit(simulations, checkpoint=self.checkpoint, **self.settings)
+
+    def next(self, posterior: Posterior, number: int) -> Posterior:
+        """Learn from simulations where the last round's posterior lies."""
+        seed, space = self.seed + number, self.estimator.space
+        self.regions.append(_Region(posterior, self.observed, self.epsilon, seed))
+        parameters = _draw_prior(posterior, self.regions, self.num_simulations, seed)
+        new = simulate_at(
+            self.estimator.simulator, space.constrain(parameters), seed=seed, **self.simulating
+        )
+        z = space.unconstrain(self.simulations.parameters).to(parameters)
+        kept = self.simulations[self.regions[-1].contains(z).nonzero().squeeze(-1).cpu()]
+        self.simulations = Simulations.concatenate([kept, new])
+        # Pairs drawn from the whole prior would undo the truncation.
+        settings = {**self.settings, "augment": False}
+        checkpoint = stage(self.checkpoint, f".{number}")
+        refined = self.estimator.fit(self.simulations, checkpoint=checkpoint, **settings)
+        assert refined.fit is not None
+        if refined.fit.interrupted:
+            raise KeyboardInterrupt  # what it has learned so far may be worse than what was there
+        refined.about["observation"] = self.observed.tolist()
+        return refined
 
 
 class _Region:
@@ -200,7 +252,7 @@ def _draw_prior(posterior: Posterior, regions: Sequence[_Region], number: int, s
     warnings.warn(
         f"only {int(accepted.sum())} of {number} parameters were found in the region after "
         f"{MAX_PROPOSALS * number} proposals: the round goes on with them",
-        stacklevel=3,
+        stacklevel=4,
     )
     return torch.cat(proposals)[accepted.nonzero().squeeze(-1)]
 
@@ -223,4 +275,6 @@ def _checked(
     batch_shape = observed.shape[: observed.dim() - estimator.observations.event_dim]
     if batch_shape:
         raise ValueError(f"x must be one observation, got a batch {tuple(batch_shape)}")
+    if num_rounds > 1:
+        estimator._joint().log_prior(torch.zeros(1, estimator.space.dim))  # refused now if ever
     return observed
