@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyroflows.distributions.maximum_likelihood import maximize_likelihood
 from pyroflows.sbi import (
     FlowMatching,
     NeuralLikelihood,
@@ -76,6 +77,27 @@ def test_training_that_memorises_is_done_again_with_more(tmp_path: Path) -> None
     posterior.save(tmp_path / "posterior.safetensors")
     loaded = learner.load(tmp_path / "posterior.safetensors")
     torch.testing.assert_close(loaded.density.log_prob(z, x), scores[True])
+
+
+def test_training_stops_once_it_has_memorised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a tenth of its steps without gain, rounded up to a validation; not the second one."""
+    runs = []
+
+    def spy(density: Any, training: Any, validation: Any, settings: Any, *args: Any, **kw: Any):
+        fit = maximize_likelihood(density, training, validation, settings, *args, **kw)
+        runs.append((settings, fit))
+        return fit
+
+    monkeypatch.setattr(estimator, "maximize_likelihood", spy)
+    learner = NeuralPosterior(bent, flow="maf", num_layers=2)
+    simulations = simulate(bent, 300, progress=False)
+    learner.fit(simulations, num_steps=600, progress=False)
+    (_, first), (settings, _) = runs
+    assert 60 <= len(first.losses) - first.best_step < 60 + 50
+    assert len(first.losses) < 600
+    assert (settings.num_steps, settings.patience) == (1200, None)
+    learner.fit(simulations, num_steps=600, patience=200, progress=False)
+    assert runs[2][0].patience == runs[3][0].patience == 200
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ NUM_PAIRS = 300_000
 MAX_ENTRIES = 5_000_000  # of observations, in all pairs together
 MAX_SIZE = 64  # entries of an observation whose likelihood is worth learning
 CHUNK = 4096  # observations at a time: what fits in the caches is several times faster
-MEMORY_SHARE = 0.9  # of the steps: training that is best before has memorised its data
+MEMORY_SHARE = 0.1  # of the steps: training that gets no better for longer has memorised its data
 
 
 def can_augment(observations: ObservationSpace, simulations: Simulations) -> bool:
@@ -34,9 +34,14 @@ def can_augment(observations: ObservationSpace, simulations: Simulations) -> boo
     )
 
 
+def steps_to_wait(num_steps: int) -> int:
+    """Return after how many steps without getting better training has memorised its data."""
+    return max(1, round(MEMORY_SHARE * num_steps))
+
+
 def has_memorised(fit: DensityFit, num_steps: int) -> bool:
     """Tell whether training was best long before its end: it wants more data."""
-    return not fit.interrupted and fit.best_step < MEMORY_SHARE * num_steps
+    return not fit.interrupted and num_steps - fit.best_step > steps_to_wait(num_steps)
 
 
 @torch.no_grad()

@@ -29,7 +29,14 @@ from ..model.simulations import Simulations
 from ..model.space import ParameterSpace, site_names
 from ..posteriors.posterior import FORMAT, Posterior
 from ..simulation.simulate import given_or_drawn
-from .augmentation import MAX_SIZE, can_augment, draw_pairs, has_memorised, warn_of_failure
+from .augmentation import (
+    MAX_SIZE,
+    can_augment,
+    draw_pairs,
+    has_memorised,
+    steps_to_wait,
+    warn_of_failure,
+)
 from .neural_likelihood import NeuralLikelihood
 from .neural_likelihood import default_steps as likelihood_steps
 from .pairs import pairs
@@ -124,12 +131,13 @@ class Estimator:
             See :meth:`pyroflows.Flow.fit`, like ``checkpoint``. By default 6000 steps, and beyond
             10 000 simulations 60 times the root of their number.
         augment
-            Whether to train once more where training has memorised the simulations: on pairs of
-            parameters from the prior and observations from a likelihood that is learned from the
-            simulations, see :class:`NeuralLikelihood`. What does better on simulations held out is
-            kept. Only for a single observed site without missing entries, of at most 64 numbers, or
-            as many an element of a plate, and where no simulation was left out as invalid: the
-            prior of the others is not the model's.
+            Whether to train once more where training has memorised the simulations: gets no better
+            for a tenth of its steps, and then stops, unless ``patience`` is given. It goes on with
+            pairs of parameters from the prior and observations from a likelihood that is learned
+            from the simulations, see :class:`NeuralLikelihood`. What does better on simulations
+            held out is kept. Only for a single observed site without missing entries, of at most 64
+            numbers, or as many an element of a plate, and where no simulation was left out as
+            invalid: the prior of the others is not the model's.
         seed
             Determines simulations, initial weights and training.
         progress
@@ -172,9 +180,12 @@ class Estimator:
         validation = masking.validation(validation, seed)
 
         train = partial(self._train, training, validation, masking, progress)
-        density, fit = train(None, settings, stage(checkpoint, ""))
-        num_pairs = len(training)
         augments = augment and can_augment(self.observations, simulations)
+        first = settings
+        if augments and patience is None:
+            first = replace(settings, patience=steps_to_wait(settings.num_steps))
+        density, fit = train(None, first, stage(checkpoint, ""))
+        num_pairs = len(training)
         if augments and has_memorised(fit, settings.num_steps):
             try:
                 more = self._drawn_pairs(simulations, settings, progress, checkpoint)
