@@ -48,6 +48,15 @@ def train_ours(
     return lambda num_draws, x: posterior.sample(num_draws, x=x, seed=seed)["theta"]
 
 
+def train_straight(simulator: Callable, simulations: Simulations, seed: int) -> Sampler:
+    """Train a field, and another on the straight lines from noise to its draws."""
+    posterior = FlowMatching(simulator, parameters=["theta"]).fit(
+        simulations, seed=seed, progress=False
+    )
+    straight = posterior.straighten(simulations, seed=seed, progress=False)
+    return lambda num_draws, x: straight.sample(num_draws, x=x, seed=seed)["theta"]
+
+
 def train_peer(name: str, simulator: Callable, simulations: Simulations, seed: int) -> Sampler:
     """Train an estimator of sbi, which knows of no plates: observations are vectors."""
     import sbi.inference  # of the `bench` extra
@@ -68,6 +77,7 @@ def train_peer(name: str, simulator: Callable, simulations: Simulations, seed: i
 
 ESTIMATORS: dict[str, Callable[[Callable, Simulations, int], Sampler]] = {
     "FlowMatching": partial(train_ours, FlowMatching),
+    "FlowMatching, straightened": train_straight,
     "NeuralPosterior": partial(train_ours, NeuralPosterior),
     "NeuralLikelihood": partial(train_ours, NeuralLikelihood),
     "sbi-FMPE": partial(train_peer, "FMPE"),

@@ -109,10 +109,6 @@ class FlowMatchingDensity(VelocityDensity):
             return embedding
         return torch.cat([embedding, self._prediction(features)], -1)
 
-    def _prediction(self, features: Tensor) -> Tensor:
-        """Return what the regression predicts, in the units of ``w``."""
-        return -self.linear.whiten(features.new_zeros(self.dim), features)
-
     def velocity(self, time: Tensor, w: Tensor, summary: Tensor) -> Tensor:
         """Return the velocity of ``w``; time and summary broadcast to its batch."""
         if self.marginals is None:

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,8 @@ class VelocityDensity(ConditionalDensity):
         `arXiv:1810.01367 <https://arxiv.org/abs/1810.01367>`_, 2018.
     """
 
+    solver: ClassVar[type[Solve]] = Solve
+
     def __init__(
         self,
         dim: int,
@@ -85,7 +87,7 @@ class VelocityDensity(ConditionalDensity):
             num_probes = 0 if self.dim <= MAX_EXACT_DIM else NUM_PROBES
         if num_probes < 0 or num_probes == 1:
             raise ValueError(f"num_probes must be 0 or at least 2, got {num_probes}")
-        self.solve = Solve(num_steps, tolerance)
+        self.solve = self.solver(num_steps, tolerance)
         self.num_probes = num_probes
 
     def with_solver(self, **options: Any) -> VelocityDensity:
@@ -110,6 +112,10 @@ class VelocityDensity(ConditionalDensity):
         standard = self.standardizer(x)
         features = self.features(standard)
         return features, self.summary(standard, features)
+
+    def _prediction(self, features: Tensor) -> Tensor:
+        """Return what the regression predicts, in the units of ``w``."""
+        return -self.linear.whiten(features.new_zeros(self.dim), features)
 
     def velocity(self, time: Tensor, w: Tensor, summary: Tensor) -> Tensor:
         """Return the velocity of ``w``; time and summary broadcast to its batch."""

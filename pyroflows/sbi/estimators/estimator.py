@@ -21,13 +21,15 @@ from ...distributions.maximum_likelihood import (
 )
 from ...random_state import preserved, seeded
 from ..densities.conditional import ConditionalDensity
+from ..densities.flow_matching_density import FlowMatchingDensity
+from ..densities.straight_density import StraightDensity
 from ..model.joint_density import JointDensity
 from ..model.masking import Masking
 from ..model.observations import ObservationSpace
 from ..model.prior import check_prior
 from ..model.simulations import Simulations
 from ..model.space import ParameterSpace, site_names
-from ..posteriors.posterior import FORMAT, Posterior
+from ..posteriors.posterior import FORMAT, STRAIGHT, Posterior
 from ..simulation.simulate import given_or_drawn
 from .augmentation import (
     MAX_SIZE,
@@ -276,6 +278,8 @@ class Estimator:
     def load(self, path: str | Path) -> Posterior:
         """Read a posterior that an estimator like this one has trained, and was saved.
 
+        One that was straightened comes back as such.
+
         Parameters
         ----------
         path
@@ -289,6 +293,9 @@ class Estimator:
         state, about = read_trained(path, FORMAT, self._about())
         with preserved():
             density = self.density(self.space.dim, self.observations, about["num_pairs"])
+            if STRAIGHT in about:
+                assert isinstance(density, FlowMatchingDensity)
+                density = StraightDensity(density, self.observations, about[STRAIGHT])
         load_weights(density, state, path)
         density.to(self.device)
         return Posterior(self.space, self.observations, density, about, joint=self._joint())
