@@ -101,7 +101,7 @@ def loss(model: Model, levels: Tensor, batch: int) -> Tensor:
 
 def training(model: Model, levels: Tensor, batch: int) -> Callable[[], None]:
     """Return a step of maximum likelihood."""
-    optimizer = torch.optim.AdamW(model.parameters, 1e-4)
+    optimizer = torch.optim.AdamW(model.parameters, 1e-4, fused=True)  # as in `Flow.fit`
 
     def step() -> None:
         optimizer.zero_grad()
