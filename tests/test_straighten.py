@@ -292,8 +292,10 @@ def test_wrong_requests_are_refused() -> None:
     simulations = simulated(linear)
     with pytest.raises(ValueError, match="num_pairs must be at least 1, got 0"):
         curved().straighten(simulations, num_pairs=0)
-    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_solver_steps must be at least 1, got 0"):
         curved().straighten(simulations, num_solver_steps=0)
+    with pytest.raises(ValueError, match=r"^num_steps must be at least 1, got 0"):
+        curved().straighten(simulations, num_steps=0)
     with pytest.raises(TypeError, match="simulations must be Simulations, got dict"):
         curved().straighten({"x": torch.zeros(2)})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"'x' has shape \(2,\), got x of shape \(9, 3\)"):

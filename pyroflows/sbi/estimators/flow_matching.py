@@ -31,8 +31,8 @@ class FlowMatching(Estimator):
         Where to train. Default: the CPU.
     **options
         Options of :class:`FlowMatchingDensity`: ``width``, ``num_blocks``, ``dropout``,
-        ``time_sampling``, ``coupling``, ``condition_weight``, ``mixed_precision``, ``num_steps``,
-        ``tolerance``, ``num_probes``.
+        ``time_sampling``, ``coupling``, ``condition_weight``, ``marginals``, ``mixed_precision``,
+        ``num_steps``, ``tolerance``, ``num_probes``.
 
     Examples
     --------

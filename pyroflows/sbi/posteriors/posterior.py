@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from ..model.space import ParameterSpace
 from .corrected import CorrectedPosterior
 from .export import export_posterior
 from .mode import climb
-from .straightening import SETTINGS, straightened
+from .straightening import straightened
 from .tables import batch_dims, tabulate
 
 FORMAT = "pyroflows.Posterior/1"
@@ -333,22 +332,18 @@ class Posterior:
         >>> straight.sample(100, x=torch.tensor(1.0))["theta"].shape
         torch.Size([100])
         """
-        settings = replace(
-            SETTINGS,
-            num_steps=num_steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=seed,
-        )
         density, fit = straightened(
             self.density,
             self.observations,
             simulations,
-            num_pairs,
-            num_solver_steps,
-            settings,
-            progress,
-            checkpoint,
+            num_pairs=num_pairs,
+            num_steps=num_steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            num_solver_steps=num_solver_steps,
+            seed=seed,
+            progress=progress,
+            checkpoint=checkpoint,
         )
         about = {**self.about, STRAIGHT: num_solver_steps}
         return Posterior(self.space, self.observations, density, about, fit, self.joint)

@@ -18,25 +18,21 @@ from ..densities.velocity_density import CHUNK, VelocityDensity
 from ..model.observations import ObservationSpace
 from ..model.simulations import Simulations
 
-SETTINGS = Settings(
-    num_steps=6000,
-    batch_size=512,
-    learning_rate=1e-3,
-    weight_decay=1e-2,
-    validation_fraction=0.1,
-    patience=None,
-    standardize=False,
-    seed=0,
-)
+VALIDATION_FRACTION = 0.1
+WEIGHT_DECAY = 1e-2
 
 
 def straightened(
     density: ConditionalDensity,
     observations: ObservationSpace,
     simulations: Simulations,
+    *,
     num_pairs: int,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: float,
     num_solver_steps: int,
-    settings: Settings,
+    seed: int,
     progress: bool,
     checkpoint: str | Path | None,
 ) -> tuple[StraightDensity, DensityFit]:
@@ -57,12 +53,24 @@ def straightened(
         raise TypeError(f"simulations must be Simulations, got {type(simulations).__name__}")
     if num_pairs < 1:
         raise ValueError(f"num_pairs must be at least 1, got {num_pairs}")
+    if num_solver_steps < 1:
+        raise ValueError(f"num_solver_steps must be at least 1, got {num_solver_steps}")
+    settings = Settings(
+        num_steps=num_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=WEIGHT_DECAY,
+        validation_fraction=VALIDATION_FRACTION,
+        patience=None,
+        standardize=False,
+        seed=seed,
+    )
     x = observations.tensor(simulations.observations).to(density.linear.loc)
-    with seeded(settings.seed), torch.enable_grad():
+    with seeded(seed), torch.enable_grad():
         straight = StraightDensity(density, observations, num_solver_steps)
         # Apart by observation: other noise for one that was seen is too easy to predict.
-        seen = Rows(density.masking.frozen(x, settings.seed), None)
-        parts = split(seen, settings.validation_fraction, settings.seed)
+        seen = Rows(density.masking.frozen(x, seed), None)
+        parts = split(seen, VALIDATION_FRACTION, seed)
         shares = [math.ceil(num_pairs * len(part) / len(x)) for part in parts]
         training, validation = (
             draw_lines(density, straight, part.data, share, progress)
