@@ -85,15 +85,38 @@ def test_integrates_along_the_path(solve: Solve) -> None:
 
 
 def test_an_integral_takes_as_many_rates_as_it_has_nodes() -> None:
-    calls = []
+    rates, velocities = [], []
 
     def rate(time: Tensor, w: Tensor) -> Tensor:
-        calls.append(time.item())
+        rates.append(time.item())
         return w[..., :1]
 
-    Solve(num_steps=5).integrate(spiral, rate, torch.ones(1, 2), 0.0, 1.0)
-    assert len(calls) == 15
-    assert calls == sorted(calls)
+    def velocity(time: Tensor, w: Tensor) -> Tensor:
+        velocities.append(time.item())
+        return spiral(time, w)
+
+    Solve(num_steps=5).integrate(velocity, rate, torch.ones(1, 2), 0.0, 1.0)
+    assert len(rates) == 20
+    assert rates == sorted(rates)
+    assert len(velocities) == 41  # four in each of ten steps, and where the last arrives
+
+
+def test_the_points_of_an_integral_are_of_fourth_order() -> None:
+    """Of a quadrature that is exact for the rate but for the points: halved steps, error / 16."""
+    w = torch.randn(5, 2, dtype=torch.float64)
+    errors = []
+    for num_steps in (8, 16):
+        worst = 0.0
+
+        def rate(time: Tensor, point: Tensor) -> Tensor:
+            nonlocal worst
+            true = Solve(tolerance=1e-12)(spiral, w, 0.0, time.item())
+            worst = max(worst, (point - true).abs().max().item())
+            return point[..., :1]
+
+        Solve(num_steps).integrate(spiral, rate, w, 0.0, 1.0)
+        errors.append(worst)
+    assert errors[1] < errors[0] / 10
 
 
 def test_is_differentiable() -> None:

@@ -57,7 +57,7 @@ class EntrywiseNetwork(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
         """Return outputs ``(*batch, D)``; time and context broadcast to the batch."""
-        hidden = self.input(self._inputs(x, time, context))
+        hidden = self._first(x, time, context)
         for block in self.blocks:
             hidden = hidden + F.silu(block(hidden))
         return _rows(self.output(F.silu(hidden)), x)
@@ -67,7 +67,7 @@ class EntrywiseNetwork(nn.Module):
 
         Costs two evaluations, whatever ``D``: entries do not mix.
         """
-        hidden = self.input(self._inputs(x, time, context))
+        hidden = self._first(x, time, context)
         tangent = self.input.weight[:, :1]
         for block in self.blocks:
             assert isinstance(block, EntrywiseLinear)
@@ -76,15 +76,18 @@ class EntrywiseNetwork(nn.Module):
             tangent = tangent + silu_slope(inner) * (tangent @ block.weight)
         return _rows((tangent * silu_slope(hidden)) @ self.output.weight, x).sum(-1)
 
-    def _inputs(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        """Return what each network sees, ``(D, N, 2 + 2 num_frequencies)``."""
-        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        given = context.expand(x.shape).reshape(rows.shape)
-        angles = (time.unsqueeze(-1) * self.frequencies).expand(*x.shape[:-1], -1)
+    def _first(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """Return what the first layer gives, ``(D, N, width)``.
+
+        What it makes of times and contexts is made once for all inputs that these broadcast to.
+        """
+        own, given, of_time = self.input.weight.split([1, 1, 2 * len(self.frequencies)], 1)
+        angles = time.unsqueeze(-1) * self.frequencies
         waves = torch.cat([angles.sin(), angles.cos()], -1)
-        own = torch.stack([rows.T, given.T], -1)
-        waves = waves.reshape(len(rows), waves.shape[-1])
-        return torch.cat([own, waves.expand(len(own), *waves.shape)], -1)
+        shift = torch.einsum("...f,dfw->...dw", waves, of_time) + self.input.bias.squeeze(1)
+        shift = torch.addcmul(shift, context.unsqueeze(-1), given.squeeze(1))
+        first = torch.addcmul(shift, x.unsqueeze(-1), own.squeeze(1))
+        return first.reshape(-1, *own.shape[::2]).transpose(0, 1)
 
 
 class EntrywiseLinear(nn.Module):

@@ -12,6 +12,8 @@ from ...distributions import Flow
 from ..model.observations import ObservationSpace
 from .conditional import ConditionalDensity
 
+CHUNK = 1024  # draws at a time: what fits in the caches is several times faster
+
 
 class FlowDensity(ConditionalDensity):
     r"""Model parameters by a registered flow, conditioned on the summary of the observation.
@@ -50,5 +52,9 @@ class FlowDensity(ConditionalDensity):
     def sample(self, num_samples: int, x: Tensor) -> Tensor:
         standard = self.standardizer(x)
         conditioned = Flow(None, self.transform).condition(self.embedding(standard))
-        w = conditioned.sample(torch.Size([num_samples]))
-        return self.linear.colour(w, self.features(standard))
+        size = max(1, CHUNK // max(1, x.shape[: -self.event_dim].numel()))
+        parts = [
+            conditioned.sample(torch.Size([min(size, num_samples - start)]))
+            for start in range(0, num_samples, size)
+        ]
+        return self.linear.colour(torch.cat(parts), self.features(standard))

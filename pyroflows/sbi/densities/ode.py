@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from ...transforms.continuous.solver import Solver
 
 # Of the exponents 1 (even steps) to 2, those about 1.5 had the least error for their steps in draws
-# of published tasks; densities gain nothing, so that their nodes stay where quadrature has them.
+# of published tasks; quadrature gains nothing, so that its nodes stay where they are.
 SLOWING = 1.5
 
 # (time, points (*batch, D)) -> their velocities, or numbers for each, (*batch, K).
@@ -25,10 +25,10 @@ Field: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 class Solve:
     r"""Carry points along a velocity field :math:`dw/dt = v(t, w)`.
 
-    By default in a fixed number of steps, with the fourth-order method of Runge and Kutta: ``4
-    num_steps`` evaluations. The steps get shorter towards time 1, where noise has nearly become
+    By default in a fixed number of steps, with Kutta's three-eighths rule [1], of fourth order:
+    ``4 num_steps`` evaluations. The steps get shorter towards time 1, where noise has nearly become
     data and the field turns fastest. With a tolerance, in the steps that the fifth-order method of
-    Dormand and Prince [1] needs to keep the local error of the worst point below it.
+    Dormand and Prince [2] needs to keep the local error of the worst point below it.
 
     Parameters
     ----------
@@ -44,16 +44,18 @@ class Solve:
 
     References
     ----------
-    [1] J. R. Dormand, P. J. Prince. A family of embedded Runge-Kutta formulae. Journal of
+    [1] W. Kutta. Beitrag zur naeherungsweisen Integration totaler Differentialgleichungen.
+        Zeitschrift fuer Mathematik und Physik 46, 1901.
+    [2] J. R. Dormand, P. J. Prince. A family of embedded Runge-Kutta formulae. Journal of
         Computational and Applied Mathematics 6(1), 1980.
 
     Examples
     --------
-    >>> Solve(num_steps=5)(lambda time, w: -w, torch.ones(1), 0.0, 1.0)
+    >>> Solve(num_steps=4)(lambda time, w: -w, torch.ones(1), 0.0, 1.0)
     tensor([0.3679])
     """
 
-    num_steps: int = 5
+    num_steps: int = 4
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
@@ -67,7 +69,7 @@ class Solve:
         if self.tolerance is not None:
             return self._adaptive(velocity, _nothing, w, start, end)[0]
         for time, after in pairwise(_times(self.num_steps, start, end)):
-            w = _runge_kutta(velocity, w, time, after)
+            w = _kutta(velocity, w, velocity(w.new_tensor(time), w), time, after)
         return w
 
     def integrate(
@@ -75,9 +77,9 @@ class Solve:
     ) -> tuple[Tensor, Tensor]:
         r"""Return where points end, and integrals :math:`\int r(t, w_t) dt` along their paths.
 
-        Without a tolerance the integral is a quadrature of Gauss and Legendre with ``3 num_steps``
-        nodes, and the steps go from node to node: a rate that is dearer than the velocity is
-        evaluated no more often than it must.
+        Without a tolerance the integral is a quadrature of Gauss and Legendre with ``4 num_steps``
+        nodes, along a path of ``2 num_steps`` steps with a cubic within each: a rate that is dearer
+        than the velocity is evaluated no more often than it must.
 
         Parameters
         ----------
@@ -97,12 +99,14 @@ class Solve:
         """
         if self.tolerance is not None:
             return self._adaptive(velocity, rate, w, start, end)
-        total, time = w.new_zeros(()), start
-        for node, weight in _gauss_legendre(3 * self.num_steps, start, end):
-            w = _runge_kutta(velocity, w, time, node)
-            total = total + weight * rate(w.new_tensor(node), w)
-            time = node
-        return _runge_kutta(velocity, w, time, end), total
+        nodes = _gauss_legendre(4 * self.num_steps, start, end)
+        total = w.new_zeros(())
+        for step in _path(velocity, w, _times(2 * self.num_steps, start, end)):
+            for node, weight in nodes:
+                if step.includes(node):
+                    total = total + weight * rate(w.new_tensor(node), step.at(node))
+            w = step.after
+        return w, total
 
     def _adaptive(
         self, velocity: Field, rate: Field, w: Tensor, start: float, end: float
@@ -125,14 +129,50 @@ def _nothing(time: Tensor, w: Tensor) -> Tensor:
     return torch.zeros_like(w[..., :1])
 
 
-def _runge_kutta(velocity: Field, w: Tensor, start: float, end: float) -> Tensor:
+class _Step(NamedTuple):
+    """A step from one point to the next, and the velocities at both."""
+
+    start: float
+    end: float
+    before: Tensor
+    after: Tensor
+    leaving: Tensor
+    arriving: Tensor
+
+    def includes(self, time: float) -> bool:
+        """Tell whether a time is within the step, or where it arrives."""
+        return min(self.start, self.end) < time <= max(self.start, self.end)
+
+    def at(self, time: float) -> Tensor:
+        """Return the point of the cubic that has these ends and velocities."""
+        length = self.end - self.start
+        done = (time - self.start) / length
+        left = 1 - done
+        return (
+            left**2 * (1 + 2 * done) * self.before
+            + done**2 * (1 + 2 * left) * self.after
+            + length * done * left * (left * self.leaving - done * self.arriving)
+        )
+
+
+def _path(velocity: Field, w: Tensor, times: Sequence[float]) -> Iterator[_Step]:
+    """Yield the steps from each time to the next."""
+    leaving = velocity(w.new_tensor(times[0]), w)
+    for start, end in pairwise(times):
+        after = _kutta(velocity, w, leaving, start, end)
+        arriving = velocity(w.new_tensor(end), after)
+        yield _Step(start, end, w, after, leaving, arriving)
+        w, leaving = after, arriving
+
+
+def _kutta(velocity: Field, w: Tensor, leaving: Tensor, start: float, end: float) -> Tensor:
+    """Make a step by the three-eighths rule: half the error of the classical one, at its price."""
     step = end - start
-    before, middle, after = w.new_tensor([start, start + step / 2, end])
-    first = velocity(before, w)
-    second = velocity(middle, w + step / 2 * first)
-    third = velocity(middle, w + step / 2 * second)
-    fourth = velocity(after, w + step * third)
-    return w + step / 6 * (first + 2 * second + 2 * third + fourth)
+    times = w.new_tensor([start + step / 3, start + 2 * step / 3, end])
+    second = velocity(times[0], w + step / 3 * leaving)
+    third = velocity(times[1], w + step * (second - leaving / 3))
+    fourth = velocity(times[2], w + step * (leaving - second + third))
+    return w + step / 8 * (leaving + 3 * (second + third) + fourth)
 
 
 def _times(num_steps: int, start: float, end: float) -> list[float]:
@@ -142,8 +182,8 @@ def _times(num_steps: int, start: float, end: float) -> list[float]:
     return [start, *times[1:-1].tolist(), end]
 
 
-def _gauss_legendre(size: int, start: float, end: float) -> Iterator[tuple[float, float]]:
-    """Yield nodes, from ``start`` to ``end``, and their weights."""
+def _gauss_legendre(size: int, start: float, end: float) -> list[tuple[float, float]]:
+    """Return nodes, from ``start`` to ``end``, and their weights."""
     nodes, weights = np.polynomial.legendre.leggauss(size)
     half = (end - start) / 2
-    yield from zip((start + half * (1 + nodes)).tolist(), (half * weights).tolist())
+    return [*zip((start + half * (1 + nodes)).tolist(), (half * weights).tolist())]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
@@ -75,7 +75,7 @@ class VelocityDensity(ConditionalDensity):
         dim: int,
         observations: ObservationSpace,
         embedding: nn.Module | None = None,
-        num_steps: int = 5,
+        num_steps: int = 4,
         tolerance: float | None = None,
         num_probes: int | None = None,
     ) -> None:
@@ -163,23 +163,18 @@ class VelocityDensity(ConditionalDensity):
 
     def carry(self, noise: Tensor, summary: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
         """Return where noise ``(*batch, D)`` ends; the summaries broadcast to its batch."""
-        ends = [
-            self.solve(self._field(part), w, start, end)
-            for w, part in _parts(noise, summary, CHUNK)
-        ]
-        return torch.cat(ends).reshape(noise.shape)
+
+        def ends(w: Tensor, summary: Tensor) -> tuple[Tensor]:
+            return (self.solve(self._field(summary), w, start, end),)
+
+        return _by_parts(ends, noise, summary, CHUNK)[0]
 
     def push(self, noise: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return where noise ``(*batch, D)`` ends, as ``z``, and ``log|det dz/dnoise|``."""
         features, summary = self.encode(x)
-        parts = [
-            self.solve.integrate(self._field(s), self._divergences(s, w), w, 0.0, 1.0)
-            for w, s in _parts(noise, summary, self._num_rows)
-        ]
-        w, change = (torch.cat(part) for part in zip(*parts))
-        log_det = change.mean(-1).reshape(noise.shape[:-1])
-        z = self.linear.colour(w.reshape(noise.shape), features)
-        return z, log_det + self.linear.log_abs_det_jacobian(features)
+        w, changes = self._integrate(noise, summary, 0.0, 1.0)
+        log_det = changes.mean(-1) + self.linear.log_abs_det_jacobian(features)
+        return self.linear.colour(w, features), log_det
 
     def pull(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the noise that ends at ``z``, and ``log|det dz/dnoise|``."""
@@ -201,20 +196,19 @@ class VelocityDensity(ConditionalDensity):
     def _pull(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the noise of ``z`` and estimates of ``log|det dnoise/dz|``, ``(*batch, K)``."""
         features, summary = self.encode(x)
-        w = self.linear.whiten(z, features)
-        parts = [
-            self.solve.integrate(self._field(s), self._divergences(s, w), w, 1.0, 0.0)
-            for w, s in _parts(w, summary, self._num_rows)
-        ]
-        noise, changes = (torch.cat(part) for part in zip(*parts))
-        changes = changes.reshape(*w.shape[:-1], changes.shape[-1])
-        log_det = self.linear.log_abs_det_jacobian(features).unsqueeze(-1)
-        return noise.reshape(w.shape), changes - log_det
+        noise, changes = self._integrate(self.linear.whiten(z, features), summary, 1.0, 0.0)
+        return noise, changes - self.linear.log_abs_det_jacobian(features).unsqueeze(-1)
 
-    @property
-    def _num_rows(self) -> int:
-        """Return how many points to differentiate at a time."""
-        return max(1, CHUNK // (self.num_probes or self.dim))
+    def _integrate(
+        self, w: Tensor, summary: Tensor, start: float, end: float
+    ) -> tuple[Tensor, ...]:
+        """Return where points end, and estimates of the change of log volume, ``(*batch, K)``."""
+
+        def ends(w: Tensor, summary: Tensor) -> tuple[Tensor, Tensor]:
+            divergences = self._divergences(summary, w)
+            return self.solve.integrate(self._field(summary), divergences, w, start, end)
+
+        return _by_parts(ends, w, summary, CHUNK // (self.num_probes or self.dim))
 
     @torch.no_grad()
     def solver_error(self, num_samples: int, x: Tensor) -> SolverError:
@@ -254,12 +248,25 @@ class VelocityDensity(ConditionalDensity):
         return estimates
 
 
-def _parts(w: Tensor, summary: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield points along their first dimension, about ``size`` at a time, with their summaries."""
-    if w.dim() == 1:
-        w = w.unsqueeze(0)
-    length = max(1, size // max(1, w.shape[1:-1].numel()))
-    paired = summary.dim() == w.dim() and len(summary) > 1
-    for start in range(0, max(1, len(w)), length):
-        rows = slice(start, start + length)
-        yield w[rows], summary[rows] if paired else summary
+def _by_parts(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], w: Tensor, summary: Tensor, size: int
+) -> tuple[Tensor, ...]:
+    """Apply a function to points ``(*batch, D)`` and their summaries, about ``size`` at a time.
+
+    Takes the points of few summaries together, as what the network makes of these is made anew in
+    each part.
+    """
+    while summary.dim() > 1 and len(summary) == 1:
+        summary = summary[0]
+    split = w.dim() - summary.dim()
+    leading, paired = w.shape[:split], w.shape[split:-1]
+    points = w.reshape(leading.numel(), paired.numel(), w.shape[-1])
+    summaries = summary.expand(*paired, *summary.shape[-1:]).reshape(-1, *summary.shape[-1:])
+    num_summaries = max(1, size // max(1, len(points)))
+    num_points = max(1, size // num_summaries)
+    columns = []
+    for several, theirs in zip(points.split(num_summaries, 1), summaries.split(num_summaries)):
+        rows = [function(part, theirs) for part in several.split(num_points)]
+        columns.append([torch.cat(outputs) for outputs in zip(*rows)])
+    joined = (torch.cat(outputs, 1) for outputs in zip(*columns))
+    return tuple(output.reshape(*w.shape[:-1], output.shape[-1]) for output in joined)
