@@ -284,7 +284,7 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="belongs to another estimator, of method"):
         NeuralPosterior(linear).load(path)
     simulate(linear, 10, progress=False).save(path)
-    with pytest.raises(ValueError, match=r"must hold a pyroflows.Posterior/1, got format"):
+    with pytest.raises(ValueError, match=r"must hold a pyroflows.Posterior/2, got format"):
         FlowMatching(linear, **SMALL).load(path)
 
 

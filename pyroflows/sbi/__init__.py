@@ -16,6 +16,7 @@ from .posteriors.corrected import CorrectedPosterior
 from .posteriors.joint_posterior import JointPosterior
 from .posteriors.likelihood_model import LikelihoodModel, LikelihoodPosterior
 from .posteriors.posterior import Posterior
+from .posteriors.velocity_posterior import VelocityPosterior
 from .simulation.black_box import BlackBox
 from .simulation.simulate import simulate, simulate_at
 
@@ -38,6 +39,7 @@ __all__ = [
     "SetEmbedding",
     "SimulationError",
     "Simulations",
+    "VelocityPosterior",
     "calibration",
     "predictive_check",
     "refine",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,13 @@ from ...distributions.maximum_likelihood import (
 )
 from ...random_state import preserved, seeded
 from ..densities.conditional import ConditionalDensity
-from ..densities.flow_matching_density import FlowMatchingDensity
-from ..densities.straight_density import StraightDensity
 from ..model.joint_density import JointDensity
 from ..model.masking import Masking
 from ..model.observations import ObservationSpace
 from ..model.prior import check_prior
 from ..model.simulations import Simulations
 from ..model.space import ParameterSpace, site_names
-from ..posteriors.posterior import FORMAT, STRAIGHT, Posterior
+from ..posteriors.posterior import FORMAT, Posterior
 from ..simulation.simulate import given_or_drawn
 from .augmentation import (
     MAX_SIZE,
@@ -51,7 +49,10 @@ STEPS_PER_ROOT = 60  # of the number of simulations
 AUGMENTED_STEPS = 2  # times as many, where data do not run out
 
 
-class Estimator:
+AnyPosterior = TypeVar("AnyPosterior", bound=Posterior)
+
+
+class Estimator(Generic[AnyPosterior]):
     """Learn a conditional density from the draws of a simulator.
 
     Parameters
@@ -67,6 +68,8 @@ class Estimator:
     **options
         Options of the density.
     """
+
+    posterior_type: ClassVar[type[Posterior]] = Posterior
 
     def __init__(
         self,
@@ -120,7 +123,7 @@ class Estimator:
         seed: int = 0,
         progress: bool = True,
         checkpoint: str | Path | None = None,
-    ) -> Posterior:
+    ) -> AnyPosterior:
         """Train, and return the posterior as a function of the observation.
 
         Parameters
@@ -204,7 +207,7 @@ class Estimator:
             except (ArithmeticError, RuntimeError, ValueError) as error:
                 warn_of_failure(error)
         about = {**self._about(), "num_simulations": len(simulations), "num_pairs": num_pairs}
-        return Posterior(self.space, self.observations, density, about, fit, self._joint())
+        return self._posterior(density, about, fit)
 
     def _train(
         self,
@@ -275,10 +278,8 @@ class Estimator:
     def _rows(self, z: Tensor, x: Tensor) -> Rows:
         return Rows(z.to(self.device), x.to(self.device))
 
-    def load(self, path: str | Path) -> Posterior:
+    def load(self, path: str | Path) -> AnyPosterior:
         """Read a posterior that an estimator like this one has trained, and was saved.
-
-        One that was straightened comes back as such.
 
         Parameters
         ----------
@@ -292,13 +293,21 @@ class Estimator:
         """
         state, about = read_trained(path, FORMAT, self._about())
         with preserved():
-            density = self.density(self.space.dim, self.observations, about["num_pairs"])
-            if STRAIGHT in about:
-                assert isinstance(density, FlowMatchingDensity)
-                density = StraightDensity(density, self.observations, about[STRAIGHT])
+            density = self._saved_density(about)
         load_weights(density, state, path)
         density.to(self.device)
-        return Posterior(self.space, self.observations, density, about, joint=self._joint())
+        return self._posterior(density, about)
+
+    def _saved_density(self, about: Mapping[str, Any]) -> ConditionalDensity:
+        """Build the density of a saved posterior, from what is said about it."""
+        return self.density(self.space.dim, self.observations, about["num_pairs"])
+
+    def _posterior(
+        self, density: ConditionalDensity, about: Mapping[str, Any], fit: DensityFit | None = None
+    ) -> AnyPosterior:
+        where = (self.space, self.observations)
+        posterior = self.posterior_type(*where, density, about, fit, self._joint())
+        return cast(AnyPosterior, posterior)
 
     def _joint(self) -> JointDensity:
         where = (self.space, self.observations, self.args, self.kwargs)

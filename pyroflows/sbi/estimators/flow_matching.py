@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..densities.flow_matching_density import FlowMatchingDensity
+from ..densities.straight_density import StraightDensity
+from ..densities.velocity_density import VelocityDensity
 from ..model.observations import ObservationSpace
+from ..posteriors.velocity_posterior import STRAIGHT, VelocityPosterior
 from .estimator import Estimator
 
 
-class FlowMatching(Estimator):
+class FlowMatching(Estimator[VelocityPosterior]):
     """Learn the posterior of a simulator's parameters by flow matching.
 
     Parameters
@@ -46,10 +50,20 @@ class FlowMatching(Estimator):
     torch.Size([100])
     """
 
-    def density(self, dim: int, observations: ObservationSpace, num_pairs: int) -> Any:
+    posterior_type = VelocityPosterior
+
+    def density(
+        self, dim: int, observations: ObservationSpace, num_pairs: int
+    ) -> FlowMatchingDensity:
         """Build the density to train."""
         options = {**size_for(num_pairs), **self.options}
         return FlowMatchingDensity(dim, observations, self.embedding, **options)
+
+    def _saved_density(self, about: Mapping[str, Any]) -> VelocityDensity:
+        density = self.density(self.space.dim, self.observations, about["num_pairs"])
+        if STRAIGHT in about:
+            return StraightDensity(density, self.observations, about[STRAIGHT])
+        return density
 
 
 def size_for(num_pairs: int) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import torch
 from ..densities.joint_flow_density import JointFlowDensity
 from ..model.observations import ObservationSpace
 from ..posteriors.joint_posterior import JointPosterior
+from ..posteriors.velocity_posterior import VelocityPosterior
 from .estimator import Estimator
 from .flow_matching import size_for
 
 
-class JointFlowMatching(Estimator):
+class JointFlowMatching(Estimator[VelocityPosterior]):
     """Learn parameters and observations together: any of them given any others.
 
     One velocity field serves the posterior, the likelihood, the prior and whatever lies between:

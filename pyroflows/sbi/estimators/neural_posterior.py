@@ -6,10 +6,11 @@ from typing import Any
 
 from ..densities.flow_density import FlowDensity
 from ..model.observations import ObservationSpace
+from ..posteriors.posterior import Posterior
 from .estimator import Estimator
 
 
-class NeuralPosterior(Estimator):
+class NeuralPosterior(Estimator[Posterior]):
     """Learn the posterior of a simulator's parameters by a conditional flow.
 
     Maximises the mean log-density of the simulated parameters given their observations [1]. Unlike

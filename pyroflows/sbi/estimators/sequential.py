@@ -11,9 +11,8 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-from ..densities.velocity_density import VelocityDensity
 from ..model.simulations import Simulations
-from ..posteriors.posterior import Posterior
+from ..posteriors.velocity_posterior import VelocityPosterior
 from ..simulation.simulate import simulate, simulate_at
 from .estimator import stage
 from .flow_matching import FlowMatching
@@ -33,7 +32,7 @@ def refine(
     seed: int = 0,
     progress: bool = True,
     **settings: Any,
-) -> Posterior:
+) -> VelocityPosterior:
     r"""Learn the posterior of one observation, simulating where it lies.
 
     Each round but the first draws parameters from the prior restricted to a region that holds
@@ -73,7 +72,7 @@ def refine(
 
     Returns
     -------
-    Posterior
+    VelocityPosterior
         For this observation, after two rounds or more.
 
     Raises
@@ -118,7 +117,9 @@ def refine(
     return posterior
 
 
-def _unfinished(posterior: Posterior, number: int, num_rounds: int, reason: object) -> Posterior:
+def _unfinished(
+    posterior: VelocityPosterior, number: int, num_rounds: int, reason: object
+) -> VelocityPosterior:
     """Return the posterior of the last round, and say that it is."""
     warnings.warn(
         f"round {number + 1} of {num_rounds} was not finished: the posterior is that of round "
@@ -157,7 +158,7 @@ class _Rounds:
         }
         self.regions: list[_Region] = []
 
-    def first(self, simulations: Simulations | None) -> Posterior:
+    def first(self, simulations: Simulations | None) -> VelocityPosterior:
         """Learn from simulations of the whole prior."""
         if simulations is None:
             simulations = simulate(
@@ -170,7 +171,7 @@ class _Rounds:
         self.simulations = simulations
         return self.estimator.fit(simulations, checkpoint=self.checkpoint, **self.settings)
 
-    def next(self, posterior: Posterior, number: int) -> Posterior:
+    def next(self, posterior: VelocityPosterior, number: int) -> VelocityPosterior:
         """Learn from simulations where the last round's posterior lies."""
         seed, space = self.seed + number, self.estimator.space
         self.regions.append(_Region(posterior, self.observed, self.epsilon, seed))
@@ -195,8 +196,9 @@ class _Rounds:
 class _Region:
     """Hold a region that has all but a little of a posterior."""
 
-    def __init__(self, posterior: Posterior, observed: Tensor, epsilon: float, seed: int) -> None:
-        assert isinstance(posterior.density, VelocityDensity)
+    def __init__(
+        self, posterior: VelocityPosterior, observed: Tensor, epsilon: float, seed: int
+    ) -> None:
         self.density = posterior.density
         self.observed = observed.to(self.density.linear.loc)
         self.radius = math.sqrt(chi2.ppf(1 - epsilon / 2, self.density.dim))
@@ -227,7 +229,9 @@ class _Region:
         return (radius * direction).to(self.observed)
 
 
-def _draw_prior(posterior: Posterior, regions: Sequence[_Region], number: int, seed: int) -> Tensor:
+def _draw_prior(
+    posterior: VelocityPosterior, regions: Sequence[_Region], number: int, seed: int
+) -> Tensor:
     """Return draws ``(N, D)`` from the prior restricted to all regions, by rejection.
 
     The proposals are uniform in the noise of the last region.

@@ -12,15 +12,16 @@ from torch import Tensor
 from ...random_state import seeded
 from ..model.observations import ObservationSpace
 from .posterior import Posterior
+from .velocity_posterior import VelocityPosterior
 
 if TYPE_CHECKING:
     from ..densities.joint_flow_density import JointFlowDensity
 
 
-class JointPosterior(Posterior):
+class JointPosterior(VelocityPosterior):
     """Sample and evaluate any sites of a simulator given any others.
 
-    What :meth:`JointFlowMatching.fit` returns. With ``x`` it is a :class:`Posterior`, for
+    What :meth:`JointFlowMatching.fit` returns. With ``x`` it is a :class:`VelocityPosterior`, for
     observations of which some entries may be missing, NaN. With ``given`` the condition is any
     choice of sites, parameters and observed ones.
 
@@ -147,9 +148,6 @@ class JointPosterior(Posterior):
         z = vectors[..., : self.space.dim]
         volume = self.space.log_abs_det_jacobian(z, names=values)
         return self.density.log_prob_of_free(vectors, condition) - volume
-
-    def with_solver(self, **options: Any) -> JointPosterior:
-        return JointPosterior.of(super().with_solver(**options))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ def straightened(
     progress: bool,
     checkpoint: str | Path | None,
 ) -> tuple[StraightDensity, DensityFit]:
-    """Learn a density from the pairs that another one makes, see :meth:`Posterior.straighten`.
+    """Learn a density from pairs that another one makes; see :meth:`VelocityPosterior.straighten`.
 
     Raises
     ------
