@@ -17,8 +17,8 @@ Block: TypeAlias = tuple[nn.Linear, nn.Linear, tuple[Tensor, Tensor, Tensor]]
 class FiLMNetwork(nn.Module):
     r"""Map an input at a time, given a context, through residual blocks.
 
-    Each block scales and shifts its normalised input by functions of the condition, which is made
-    of the time and the context [1, 2]:
+    The first layer sees the input and the context. Each block scales and shifts its normalised
+    input by functions of the condition, a few numbers made of the time and the context [1, 2]:
 
     .. math:: h \leftarrow h + g \odot W_2\, s(W_1 [(1 + a) \odot \mathrm{norm}(h) + b]) .
 
@@ -37,6 +37,8 @@ class FiLMNetwork(nn.Module):
         Number of units.
     num_blocks
         Number of blocks.
+    condition_dim
+        Size of the condition. Modulation is most of the work, and in proportion to it.
     num_frequencies
         Number of frequencies of the sines and cosines that stand for the time.
     dropout
@@ -65,6 +67,7 @@ class FiLMNetwork(nn.Module):
         context_dim: int = 0,
         width: int = 128,
         num_blocks: int = 3,
+        condition_dim: int = 32,
         num_frequencies: int = 8,
         dropout: float = 0.0,
     ) -> None:
@@ -72,10 +75,11 @@ class FiLMNetwork(nn.Module):
         self.width = width
         self.register_buffer("frequencies", math.pi * torch.arange(1, num_frequencies + 1))
         self.input = nn.Linear(input_dim, width)
+        self.input_context = nn.Linear(context_dim, width, bias=False) if context_dim else None
         self.time = nn.Linear(2 * num_frequencies, width)
         self.context = nn.Linear(context_dim, width, bias=False) if context_dim else None
-        self.condition_hidden = nn.Linear(width, width)
-        self.modulation = nn.Linear(width, 3 * width * num_blocks)
+        self.condition_hidden = nn.Linear(width, condition_dim)
+        self.modulation = nn.Linear(condition_dim, 3 * width * num_blocks)
         self.first = nn.ModuleList(nn.Linear(width, width) for _ in range(num_blocks))
         self.second = nn.ModuleList(nn.Linear(width, width) for _ in range(num_blocks))
         self.dropout = nn.Dropout(dropout)
@@ -87,7 +91,7 @@ class FiLMNetwork(nn.Module):
     def forward(self, x: Tensor, time: Tensor, context: Tensor | None = None) -> Tensor:
         """Return outputs ``(*batch, output_dim)``; time and context broadcast to the batch."""
         modulations = self._modulations(time, context)
-        hidden = self.input(x)
+        hidden = self._first(x, context)
         blocks = zip(self.first, self.second, modulations, strict=True)
         for first, second, (scale, shift, gate) in blocks:
             normalised = F.layer_norm(hidden, (self.width,), eps=LAYER_NORM_EPS)
@@ -104,7 +108,7 @@ class FiLMNetwork(nn.Module):
         modulations = [
             [part.unsqueeze(-2) for part in parts] for parts in self._modulations(time, context)
         ]
-        hidden = self.input(x).unsqueeze(-2)
+        hidden = self._first(x, context).unsqueeze(-2)
         tangent = self.input.weight.T.contiguous().expand(*x.shape, self.width)
         for layers in zip(self.first, self.second, modulations, strict=True):
             first, second, (scale, shift, gate) = cast(Block, layers)
@@ -114,6 +118,10 @@ class FiLMNetwork(nn.Module):
             hidden = torch.addcmul(hidden, 1 + gate, second(F.silu(inner)))
             tangent = torch.addcmul(tangent, 1 + gate, F.linear(slope, second.weight))
         return (tangent * silu_slope(hidden) * self.output.weight).sum((-1, -2))
+
+    def _first(self, x: Tensor, context: Tensor | None) -> Tensor:
+        hidden = self.input(x)
+        return hidden if self.input_context is None else hidden + self.input_context(context)
 
     def _modulations(self, time: Tensor, context: Tensor | None) -> list[tuple[Tensor, ...]]:
         """Return scale, shift and gate of each block, ``(*batch, width)``."""
