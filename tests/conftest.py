@@ -1,8 +1,11 @@
 """Settings of all tests. Torch is optional here: some tests run where it is not installed."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start: pytest runs one a core
 
 try:
     import pyro

@@ -100,6 +100,7 @@ def test_points_within_reach_are_covered():
     assert covered(centres, centres) == 1.0
 
 
+@pytest.mark.slow
 def test_the_judge_knows_digits_from_noise(data):
     torch.manual_seed(0)
     judge = Judge(data)

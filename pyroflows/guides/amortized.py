@@ -110,7 +110,8 @@ class AmortizedFlow(AutoGuide):
     ...         z = pyro.sample("z", dist.Normal(loc, 1.0))
     ...         pyro.sample("x", dist.Normal(z, 0.1), obs=data[index])
     >>> guide = AmortizedFlow(model, plate="data", num_layers=2)
-    >>> result = pf.fit(model, guide, (torch.randn(1000),), num_steps=5, progress=False)
+    >>> data = torch.randn(100)
+    >>> result = pf.fit(model, guide, (data,), num_steps=5, num_draws=1000, progress=False)
     >>> draws = guide.sample(100, torch.randn(50))
     >>> draws["loc"].shape, draws["z"].shape
     (torch.Size([100]), torch.Size([100, 50]))
