@@ -69,7 +69,7 @@ class Estimator(Generic[AnyPosterior]):
         Options of the density.
     """
 
-    posterior_type: ClassVar[type[Posterior]] = Posterior
+    _posterior_type: ClassVar[type[Posterior]] = Posterior
 
     def __init__(
         self,
@@ -147,6 +147,11 @@ class Estimator(Generic[AnyPosterior]):
             Determines simulations, initial weights and training.
         progress
             Whether to show progress bars.
+
+        Returns
+        -------
+        Posterior
+            Of the estimator's kind: of :class:`FlowMatching` a :class:`VelocityPosterior`.
 
         Raises
         ------
@@ -306,7 +311,7 @@ class Estimator(Generic[AnyPosterior]):
         self, density: ConditionalDensity, about: Mapping[str, Any], fit: DensityFit | None = None
     ) -> AnyPosterior:
         where = (self.space, self.observations)
-        posterior = self.posterior_type(*where, density, about, fit, self._joint())
+        posterior = self._posterior_type(*where, density, about, fit, self._joint())
         return cast(AnyPosterior, posterior)
 
     def _joint(self) -> JointDensity:

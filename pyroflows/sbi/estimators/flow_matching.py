@@ -50,7 +50,7 @@ class FlowMatching(Estimator[VelocityPosterior]):
     torch.Size([100])
     """
 
-    posterior_type = VelocityPosterior
+    _posterior_type = VelocityPosterior
 
     def density(
         self, dim: int, observations: ObservationSpace, num_pairs: int
