@@ -1,5 +1,6 @@
 """Augmentation: pairs from a learned likelihood, used where they help."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyroflows.distributions.maximum_likelihood import maximize_likelihood
+from pyroflows.distributions.maximum_likelihood import Settings, maximize_likelihood
 from pyroflows.sbi import (
     FlowMatching,
     NeuralLikelihood,
@@ -19,7 +20,7 @@ from pyroflows.sbi import (
 )
 from pyroflows.sbi.estimators import augmentation, estimator, neural_likelihood
 from pyroflows.sbi.estimators.augmentation import can_augment, draw_pairs
-from pyroflows.sbi.estimators.estimator import default_steps
+from pyroflows.sbi.estimators.estimator import augmented_steps, default_steps
 from pyroflows.sbi.estimators.pairs import pairs
 from pyroflows.sbi.model.observations import ObservationSpace
 from tests.simulators import conjugate
@@ -254,7 +255,11 @@ def test_only_small_complete_observations_are_augmented() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_simulations", "steps"), [(100, 6000), (10_000, 6000), (90_000, 18_000)]
+    ("num_simulations", "steps", "augmented"),
+    [(100, 6000, 12_000), (10_000, 6000, 12_000), (320_000, 96_000, 67_882)],
 )
-def test_more_simulations_take_more_steps(num_simulations: int, steps: int) -> None:
+def test_more_simulations_take_more_steps(num_simulations: int, steps: int, augmented: int) -> None:
     assert default_steps(num_simulations) == steps
+    settings = Settings(steps, 512, 1e-3, 0.0, 0.1, None, True, 0)
+    assert augmented_steps(settings, num_simulations) == augmented
+    assert augmented_steps(replace(settings, num_steps=50), num_simulations) == 100

@@ -44,9 +44,9 @@ from .trained_file import load_weights, read_trained
 
 BATCH_SIZE = 512
 LEARNING_RATE = 1e-3
-MIN_STEPS = 6000
-STEPS_PER_ROOT = 60  # of the number of simulations
-AUGMENTED_STEPS = 2  # times as many, where data do not run out
+MIN_STEPS = 6000  # up to 10 000 simulations
+STEPS_EXPONENT = 0.8  # of the number of simulations, beyond
+AUGMENTED_STEPS = 2  # times as many, where data do not run out; beyond 10 000 as its root
 
 
 AnyPosterior = TypeVar("AnyPosterior", bound=Posterior)
@@ -133,8 +133,8 @@ class Estimator(Generic[AnyPosterior]):
         num_simulations
             how many to draw.
         num_steps, batch_size, learning_rate, weight_decay, validation_fraction, patience
-            See :meth:`pyroflows.Flow.fit`, like ``checkpoint``. By default 6000 steps, and beyond
-            10 000 simulations 60 times the root of their number.
+            See :meth:`pyroflows.Flow.fit`, like ``checkpoint``. By default 6000 steps up to 10 000
+            simulations, and 10^0.8 times as many for each ten times more.
         augment
             Whether to train once more where training has memorised the simulations: gets no better
             for a tenth of its steps, and then stops, unless ``patience`` is given. It goes on with
@@ -199,7 +199,7 @@ class Estimator(Generic[AnyPosterior]):
         if augments and has_memorised(fit, settings.num_steps):
             try:
                 more = self._drawn_pairs(simulations, settings, progress, checkpoint)
-                longer = replace(settings, num_steps=AUGMENTED_STEPS * settings.num_steps)
+                longer = replace(settings, num_steps=augmented_steps(settings, len(simulations)))
                 augmented, refit = train(more, longer, stage(checkpoint, ".augmented"))
                 if refit.best_validation_loss < fit.best_validation_loss:
                     density, fit, num_pairs = augmented, refit, num_pairs + len(more)
@@ -354,4 +354,16 @@ class _Trained:
 
 def default_steps(num_simulations: int) -> int:
     """Return the number of steps for so many simulations."""
-    return max(MIN_STEPS, round(STEPS_PER_ROOT * num_simulations**0.5))
+    return _steps(num_simulations, STEPS_EXPONENT)
+
+
+def augmented_steps(settings: Settings, num_simulations: int) -> int:
+    """Return the number of steps for them and pairs from a likelihood, of which there are enough.
+
+    How much more there is to learn from the pairs depends on how well the likelihood is known.
+    """
+    return AUGMENTED_STEPS * min(settings.num_steps, _steps(num_simulations, 0.5))
+
+
+def _steps(num_simulations: int, exponent: float) -> int:
+    return round(MIN_STEPS * max(1.0, num_simulations / 10_000) ** exponent)
