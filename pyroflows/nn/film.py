@@ -38,7 +38,7 @@ class FiLMNetwork(nn.Module):
     num_blocks
         Number of blocks.
     condition_dim
-        Size of the condition. Modulation is most of the work, and in proportion to it.
+        Size of the condition. The work of modulation, for each of a batch, is in proportion to it.
     num_frequencies
         Number of frequencies of the sines and cosines that stand for the time.
     dropout
