@@ -96,8 +96,8 @@ class VelocityPosterior(Posterior):
 
         Returns
         -------
-        Posterior
-            The same for the estimator's :meth:`load`; its ``fit`` tells of this training.
+        VelocityPosterior
+            A file of it is read by the same estimator; its ``fit`` tells of this training.
 
         Raises
         ------
