@@ -81,13 +81,13 @@ def test_divergence_is_the_trace_of_the_jacobian(batch: tuple[int, ...]) -> None
 
 def test_log_prob_is_that_of_the_map_from_noise() -> None:
     """Against the determinant of the Jacobian of the draws in their noise."""
-    density = random_density(3, num_steps=16)
+    density = random_density(3, num_steps=200)
     x = torch.randn(3, dtype=torch.float64)
     noise = torch.randn(3, 3, dtype=torch.float64)
     z, log_det = density.push(noise, x)
-    jacobian = torch.stack(
-        [torch.autograd.functional.jacobian(lambda n: density.push(n, x)[0], row) for row in noise]
-    )
+    # Rows do not mix: the Jacobian of their sum is that of each.
+    jacobian = torch.autograd.functional.jacobian(lambda n: density.push(n, x)[0].sum(0), noise)
+    jacobian = jacobian.transpose(0, 1)
     expected = dist.Normal(0.0, 1.0).log_prob(noise).sum(-1) - jacobian.det().abs().log()
     torch.testing.assert_close(density.log_prob(z, x), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(log_det, jacobian.det().abs().log(), rtol=1e-5, atol=1e-5)
@@ -145,15 +145,15 @@ def test_each_observation_has_paths_and_densities_of_its_own(num_points: int) ->
 
 
 def test_the_error_of_the_solver_is_stated_truly() -> None:
-    """Against many steps; half the steps have up to 16 times the error."""
+    """Against many steps; half the steps have up to 8 times the error."""
     x = torch.tensor([0.1, -0.2])
     posterior = trained()
     error = posterior.solver_error(x=x)
-    coarse = posterior.with_solver(num_steps=2).solver_error(x=x)
+    coarse = posterior.with_solver(num_steps=6).solver_error(x=x)
     assert 0 < error.mean <= error.largest < 0.05
     assert error.mean < coarse.mean / 2
     few, many = (
-        posterior.with_solver(num_steps=n).sample(1000, x=x, seed=0)["theta"] for n in (2, 200)
+        posterior.with_solver(num_steps=n).sample(1000, x=x, seed=0)["theta"] for n in (6, 800)
     )
     true = ((few - many).abs() / many.std(0)).mean().item()
     assert coarse.mean == pytest.approx(true, rel=0.5)
@@ -162,10 +162,10 @@ def test_the_error_of_the_solver_is_stated_truly() -> None:
 def test_a_tolerance_makes_draws_exact() -> None:
     x = torch.tensor([[0.1, -0.2], [0.5, 0.5]])
     posterior = trained()
-    many = posterior.with_solver(num_steps=100).sample(500, x=x, seed=0)["theta"]
+    many = posterior.with_solver(num_steps=400).sample(500, x=x, seed=0)["theta"]
     adaptive = posterior.with_solver(tolerance=1e-6)
     torch.testing.assert_close(adaptive.sample(500, x=x, seed=0)["theta"], many, rtol=0, atol=2e-4)
-    log_prob = posterior.with_solver(num_steps=64).log_prob({"theta": many[:50]}, x=x)
+    log_prob = posterior.with_solver(num_steps=256).log_prob({"theta": many[:50]}, x=x)
     exact = adaptive.log_prob({"theta": many[:50]}, x=x)
     assert (log_prob - exact).abs().mean() < 0.01
 

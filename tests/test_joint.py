@@ -235,7 +235,7 @@ def test_the_solver_states_its_error() -> None:
     error = trained().solver_error(x=sites(VECTOR, ("x", "y")), num_samples=100)
     assert error.mean < 0.01
     assert error.log_prob_mean < 0.01
-    finer = trained().with_solver(num_steps=40)
+    finer = trained().with_solver(num_steps=160)
     given = sites(VECTOR, ("a", "y"))
     draws = [posterior.sample(50, given=given, seed=0)["x"] for posterior in (trained(), finer)]
     torch.testing.assert_close(*draws, rtol=0, atol=0.05)

@@ -1,4 +1,4 @@
-"""Flows of velocity fields: fourth order, within tolerances, both ways, with integrals."""
+"""Flows of velocity fields: third order, within tolerances, both ways, with integrals."""
 
 import itertools
 import math
@@ -29,12 +29,12 @@ def error(solve: Solve) -> float:
     return (solve(spiral, w, 0.0, 1.0) - exact(w)).abs().max().item()
 
 
-def test_steps_of_fixed_size_are_of_fourth_order() -> None:
+def test_a_number_of_steps_is_of_third_order() -> None:
     torch.manual_seed(0)
-    coarse = error(Solve(num_steps=20))
+    coarse = error(Solve(num_steps=80))
     torch.manual_seed(0)
-    fine = error(Solve(num_steps=40))
-    assert 2**3.7 < coarse / fine < 2**4.3
+    fine = error(Solve(num_steps=160))
+    assert 2**2.8 < coarse / fine < 2**3.5
 
 
 def test_steps_get_shorter_towards_the_end_and_meet_at_any_time() -> None:
@@ -45,11 +45,12 @@ def test_steps_get_shorter_towards_the_end_and_meet_at_any_time() -> None:
         return 0 * w
 
     Solve(num_steps=4)(still, torch.zeros(1, dtype=torch.float64), 0.0, 1.0)
-    lengths = [after - time for time, after in itertools.pairwise([*times[::4], 1.0])]
+    assert len(times) == 4
+    lengths = [after - time for time, after in itertools.pairwise([*times, 1.0])]
     assert sum(lengths) == pytest.approx(1)
     assert all(after < before for before, after in itertools.pairwise(lengths))
     w = torch.randn(3, 2, dtype=torch.float64)
-    solve = Solve(num_steps=20)
+    solve = Solve(num_steps=200)
     halfway = solve(spiral, w, 0.0, 0.6)
     torch.testing.assert_close(solve(spiral, halfway, 0.6, 1.0), exact(w), rtol=1e-4, atol=1e-4)
 
@@ -59,14 +60,14 @@ def test_errors_follow_the_tolerance(tolerance: float) -> None:
     assert error(Solve(tolerance=tolerance)) < 20 * tolerance
 
 
-@pytest.mark.parametrize("solve", [Solve(num_steps=40), Solve(tolerance=1e-7)])
+@pytest.mark.parametrize("solve", [Solve(num_steps=400), Solve(tolerance=1e-7)])
 def test_goes_back_the_way_it_came(solve: Solve) -> None:
     w = torch.randn(3, 4, 2, dtype=torch.float64)
     there = solve(spiral, w, 0.0, 1.0)
     torch.testing.assert_close(solve(spiral, there, 1.0, 0.0), w, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("solve", [Solve(num_steps=10), Solve(tolerance=1e-6)])
+@pytest.mark.parametrize("solve", [Solve(num_steps=100), Solve(tolerance=1e-6)])
 def test_integrates_along_the_path(solve: Solve) -> None:
     """Along a path with |w_t| = e^(t^2) |w_0|: of t -> 4 t |w_t|^2 and t -> 1."""
     w = torch.randn(5, 2, dtype=torch.float64)
@@ -95,33 +96,33 @@ def test_an_integral_takes_as_many_rates_as_it_has_nodes() -> None:
         velocities.append(time.item())
         return spiral(time, w)
 
-    Solve(num_steps=5).integrate(velocity, rate, torch.ones(1, 2), 0.0, 1.0)
-    assert len(rates) == 20
+    Solve(num_steps=12).integrate(velocity, rate, torch.ones(1, 2), 0.0, 1.0)
+    assert len(rates) == 16
     assert rates == sorted(rates)
-    assert len(velocities) == 41  # four in each of ten steps, and where the last arrives
+    assert len(velocities) == 25  # one in each of 24 steps, and where the last arrives
 
 
-def test_the_points_of_an_integral_are_of_fourth_order() -> None:
-    """Of a quadrature that is exact for the rate but for the points: halved steps, error / 16."""
+def test_the_points_of_an_integral_are_of_third_order() -> None:
+    """Of a quadrature that is exact for the rate but for the points: halved steps, error / 8."""
     w = torch.randn(5, 2, dtype=torch.float64)
     errors = []
-    for num_steps in (8, 16):
+    for num_steps in (16, 32):
         worst = 0.0
 
         def rate(time: Tensor, point: Tensor) -> Tensor:
             nonlocal worst
-            true = Solve(tolerance=1e-12)(spiral, w, 0.0, time.item())
+            true = Solve(tolerance=1e-9)(spiral, w, 0.0, time.item())
             worst = max(worst, (point - true).abs().max().item())
             return point[..., :1]
 
         Solve(num_steps).integrate(spiral, rate, w, 0.0, 1.0)
         errors.append(worst)
-    assert errors[1] < errors[0] / 10
+    assert errors[1] < errors[0] / 6
 
 
 def test_is_differentiable() -> None:
     w = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    end = Solve(num_steps=30)(spiral, w, 0.0, 1.0)
+    end = Solve(num_steps=300)(spiral, w, 0.0, 1.0)
     (slope,) = torch.autograd.grad(end.sum(), w)
     expected = math.e * (math.cos(2) + torch.tensor([1.0, -1.0]) * math.sin(2))
     torch.testing.assert_close(slope, expected.double(), rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .ode import Field, Solve
 
 # An integral along a straight path is as hard as along a bent one: it takes what Solve gives it.
-INTEGRAL_STEPS = 2
+INTEGRAL_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class MidpointSolve(Solve):
         \right) ,
 
     ``2 num_steps`` evaluations. Along straight paths one step is exact, as with any method; this
-    one never looks at the field of time 1, which is the hardest to learn. Integrals go along paths
-    of fourth order in twice as many steps, see :class:`Solve`.
+    one never looks at the field of time 1, which is the hardest to learn. Integrals take six times
+    as many steps of :class:`Solve`.
 
     Parameters
     ----------

@@ -75,7 +75,7 @@ class VelocityDensity(ConditionalDensity):
         dim: int,
         observations: ObservationSpace,
         embedding: nn.Module | None = None,
-        num_steps: int = 4,
+        num_steps: int = 12,
         tolerance: float | None = None,
         num_probes: int | None = None,
     ) -> None:

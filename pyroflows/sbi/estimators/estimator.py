@@ -44,9 +44,11 @@ from .trained_file import load_weights, read_trained
 
 BATCH_SIZE = 512
 LEARNING_RATE = 1e-3
-MIN_STEPS = 6000  # up to 10 000 simulations
+FEW_SIMULATIONS = 10_000
+MIN_STEPS = 6000  # up to so few
 STEPS_EXPONENT = 0.8  # of the number of simulations, beyond
-AUGMENTED_STEPS = 2  # times as many, where data do not run out; beyond 10 000 as its root
+AUGMENTED_EXPONENT = 0.5
+AUGMENTED_STEPS = 2  # times as many, where data do not run out
 
 
 AnyPosterior = TypeVar("AnyPosterior", bound=Posterior)
@@ -362,8 +364,8 @@ def augmented_steps(settings: Settings, num_simulations: int) -> int:
 
     How much more there is to learn from the pairs depends on how well the likelihood is known.
     """
-    return AUGMENTED_STEPS * min(settings.num_steps, _steps(num_simulations, 0.5))
+    return AUGMENTED_STEPS * min(settings.num_steps, _steps(num_simulations, AUGMENTED_EXPONENT))
 
 
 def _steps(num_simulations: int, exponent: float) -> int:
-    return round(MIN_STEPS * max(1.0, num_simulations / 10_000) ** exponent)
+    return round(MIN_STEPS * max(1.0, num_simulations / FEW_SIMULATIONS) ** exponent)
