@@ -109,7 +109,7 @@ class VelocityPosterior(Posterior):
         Notes
         -----
         On the two moons, learned from 10 000 simulations, four evaluations a draw had a C2ST of
-        0.507 after straightening; before it took 16 for 0.498, and eight had 0.657.
+        0.502 after straightening; before it took twelve for 0.497, and eight had 0.571.
 
         References
         ----------
