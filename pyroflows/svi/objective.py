@@ -44,10 +44,8 @@ class Cooling:
 
 def loss_function(
     density: ModelDensity, num_particles: int, cooling: Cooling
-) -> Callable[[int], Tensor]:
-    """Return the negative ELBO, drawn anew, and cooler, at every call.
-
-    A function of by how much to multiply the number of draws.
+) -> Callable[[], Tensor]:
+    """Return the negative ELBO as a function of nothing, drawn anew, and cooler, at every call.
 
     Its gradient is that of both directions of the divergence where the guide's inverse is cheap,
     and, without cooling, where its layers are autoregressive and draw in one pass.
@@ -60,7 +58,7 @@ def loss_function(
     elif _has_fast_path(density.guide) and not cooling.num_steps:
         estimate = both_along_path
     powers = map(cooling.power, itertools.count())
-    return lambda growth: estimate(density, growth * num_particles, next(powers))
+    return lambda: estimate(density, num_particles, next(powers))
 
 
 def both_along_path(density: ModelDensity, num_draws: int, power: float = 1.0) -> Tensor:

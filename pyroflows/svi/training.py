@@ -15,10 +15,9 @@ from tqdm.auto import tqdm
 WARM_UP_STEPS = 100
 WINDOW = 500  # steps averaged to see whether the loss still falls
 DECAY_FRACTION = 0.5  # length of the decay, as a fraction of the steps before it
-BATCH_GROWTH = (1, 2, 4)  # of each third of the decay
 CHECK_INTERVAL = 50  # steps between checks, and between snapshots to go back to
 CLIP_FACTOR = 3.0  # gradients are clipped at this multiple of their running norm
-OUTLIER_FACTOR = 1000.0  # and those of single draws at this multiple of their median
+OUTLIER_FACTOR = 100.0  # and those of single draws at this multiple of their median
 DIVERGENCE_FACTOR = 20.0  # a loss this many deviations above the best has diverged
 LEAP_FACTOR = 4.0  # and one that rises by this multiple of its last change, while it is annealed
 MAX_RECOVERIES = 10
@@ -28,7 +27,7 @@ MAX_WILD = 0.05  # share of the losses
 
 
 def train(
-    loss_function: Callable[[int], Tensor],
+    loss_function: Callable[[], Tensor],
     parameters: Sequence[Tensor],
     num_steps: int,
     learning_rate: float,
@@ -39,8 +38,7 @@ def train(
     """Minimise a stochastic loss by Adam and return its values, one a step.
 
     The learning rate warms up, is held until the loss no longer falls by more than its Monte Carlo
-    error, and then decays, while the batch grows: ``loss_function`` takes by how much to multiply
-    its number of draws. ``num_steps`` bounds the whole. Gradients are clipped relative to their
+    error, and then decays; ``num_steps`` bounds the whole. Gradients are clipped relative to their
     running norm. Where a step is not finite or the loss has diverged, the parameters go back to
     the best snapshot and the learning rate is halved, with a warning. An interrupt (Ctrl-C) ends
     the loop early and keeps what was learned. In the first ``num_annealed`` steps the loss itself
@@ -96,13 +94,13 @@ class _Run:
         """Tell whether all steps are done."""
         return self.schedule.is_over(self.losses)
 
-    def step(self, loss_function: Callable[[int], Tensor]) -> bool:
+    def step(self, loss_function: Callable[[], Tensor]) -> bool:
         """Make one step; return whether it was finite and hence made."""
         rate = self.learning_rate * self.schedule.factor(len(self.losses)) * 0.5**self.recoveries
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        loss = loss_function(self.schedule.growth(len(self.losses)))
+        loss = loss_function()
         loss.backward()
         norm = self.clip(self.parameters)
         value = float(loss.detach())
@@ -152,7 +150,7 @@ class _Run:
 
 
 class Schedule:
-    """Say how large a step is, and its batch: warm up, hold until converged, decay and grow."""
+    """Say how large a step is: warm up, hold until converged, decay."""
 
     def __init__(self, num_steps: int, num_annealed: int = 0, stop_early: bool = True) -> None:
         self.num_steps = num_steps
@@ -170,13 +168,6 @@ class Schedule:
             return 1.0
         remaining = (self.end - step) / (self.end - self.decay_start)
         return 0.01 + 0.99 * 0.5 * (1 - math.cos(math.pi * remaining))
-
-    def growth(self, step: int) -> int:
-        """Return the size of the batch at a step, relative to that at the start."""
-        if step < self.decay_start:
-            return 1
-        done = (step - self.decay_start) / (self.end - self.decay_start)
-        return BATCH_GROWTH[int(done * len(BATCH_GROWTH))]
 
     def is_over(self, losses: Sequence[float]) -> bool:
         """Tell whether all steps are done; begin the decay early if the loss has converged."""
@@ -227,11 +218,9 @@ def frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def clip_outliers(draws: Tensor) -> Tensor:
-    """Return draws ``(S, D)`` whose gradients are clipped at 1000 times the median norm.
+    """Return draws ``(S, D)`` whose gradients are clipped at 100 times the median of their norms.
 
-    Far in the tails a log-density can be so steep that a single draw outweighs all others. It is
-    steep in narrow parts of a posterior too, which a guide learns from few draws: clipped at 100
-    times the median, funnels lose their necks.
+    Far in the tails a log-density can be so steep that a single draw outweighs all others.
     """
 
     def clip(gradient: Tensor) -> Tensor:
