@@ -37,7 +37,7 @@ class Solve:
     Parameters
     ----------
     num_steps
-        Number of steps, without a tolerance.
+        Number of steps, and of evaluations, without a tolerance.
     tolerance
         Relative and absolute tolerance, for the root mean square over the entries of a point.
 
