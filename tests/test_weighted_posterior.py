@@ -64,7 +64,17 @@ def test_nearly_equal_weights_are_trusted_whatever_their_tail() -> None:
     assert posterior.khat > 0.7
     assert posterior.is_close
     assert posterior.is_reliable
-    assert not weighted(100 * log_weights).is_reliable
+    assert weighted(60 * log_weights).is_close  # the largest is 1.8 times the average
+    assert not weighted(80 * log_weights).is_reliable  # 2.2 times
+
+
+def test_bounded_weights_that_differ_are_not_nearly_equal() -> None:
+    """Half of the draws count three times as much as the others: 1.5 times the average."""
+    log_weights = math.log(3) * (torch.arange(1000) % 2).double()
+    posterior = weighted(log_weights)
+    posterior.khat = 1.0
+    assert posterior.ess == pytest.approx(800)
+    assert not posterior.is_reliable
 
 
 def test_too_few_draws_have_no_weights() -> None:

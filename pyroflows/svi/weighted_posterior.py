@@ -15,7 +15,9 @@ from .summary import describe
 from .weighting import without_nan
 
 KHAT_GOOD, KHAT_USABLE = 0.5, 0.7
-EQUAL_LOG_WEIGHTS = 0.1  # no draw counts more than 1.1 times the average
+# Weights that are nearly equal: the share of the draws that they are worth, and the largest one
+# relative to their average.
+EQUAL_SHARE, EQUAL_LARGEST = 0.99, 2.0
 
 
 class WeightedPosterior(ABC):
@@ -102,8 +104,11 @@ class WeightedPosterior(ABC):
 
     @property
     def _has_equal_weights(self) -> bool:
-        # Where all weights are nearly equal, the shape of their tail says nothing.
-        return self._largest_log_weight < EQUAL_LOG_WEIGHTS
+        # The shape of a tail says nothing where it has no weight: of fits that were exact but for
+        # one part in a thousand, k-hat went up to 6, and a million draws had no larger weight than
+        # 3.3 times the average.
+        has_tail = self._largest_log_weight >= math.log(EQUAL_LARGEST)
+        return not has_tail and self.ess > EQUAL_SHARE * len(self.draws)
 
     def summary(self) -> pd.DataFrame:
         """Tabulate each latent number: the answer of the draws and the importance-weighted one.
