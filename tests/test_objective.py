@@ -36,6 +36,9 @@ class NormalGuide:
     def rsample(self, shape: tuple[int]) -> Tensor:
         return torch.randn(*shape, 1, generator=self.generator).double()
 
+    def sample(self, shape: tuple[int]) -> Tensor:
+        return self.transform(self.rsample(shape)).detach()
+
     def transform(self, noise: Tensor) -> Tensor:
         return self.mean + self.sd * noise
 
@@ -144,19 +147,43 @@ def test_draws_in_the_tails_may_fail() -> None:
     torch.testing.assert_close(gradient, expected)
 
 
-@ESTIMATES
-def test_weights_that_rest_on_one_draw_hardly_count(estimate: Callable) -> None:
+def test_weights_that_rest_on_one_draw_hardly_count_along_paths() -> None:
     """Far off, the gradient is that of KL(q, p), here along the path z = mean + sd * noise."""
     guide = NormalGuide(60.0, 1.0)
     assert guide.share(100) < 0.011
-    gradient = guide.gradient(estimate, 100)
+    gradient = guide.gradient(both_along_path, 100)
     noise, _ = guide.first_draws(100)
-    if estimate is both_along_path:
-        noise[:50] *= 2
+    noise[:50] *= 2
     # The slope of log q - log p at z is z - noise = 60. The other direction adds 1 % of 60 and of
     # 60 times the noise of a draw, below 6.
     expected = torch.stack([torch.tensor(60.0).double(), 60 * noise.mean()])
     torch.testing.assert_close(gradient, expected, rtol=0, atol=4.0)
+
+
+def test_weights_that_rest_on_one_draw_hardly_count_at_draws() -> None:
+    """Far off, the gradient is that of KL(q, p), a covariance with the slopes of log q."""
+    guide = NormalGuide(60.0, 1.0)
+    assert guide.share(100) < 0.011
+    gradient = guide.gradient(both_at_draws, 100)
+    noise, log_weights = guide.first_draws(100)
+    slopes = torch.stack([noise, noise.square() - 1])
+    expected = torch.stack([-torch.stack([log_weights, slope]).cov()[0, 1] for slope in slopes])
+    assert expected[0] > 30
+    # The other direction adds 1 % of the slopes, which are below 10.
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0.1)
+
+
+def test_parameters_of_the_model_are_learned_at_draws() -> None:
+    class Shifted(NormalGuide):
+        shift = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+
+        def __call__(self, z: Tensor) -> Tensor:
+            return super().__call__(z - self.shift)
+
+    guide = Shifted(0.3, 1.0)
+    (gradient,) = torch.autograd.grad(both_at_draws(guide, 100, power=0.5), guide.shift)
+    noise, _ = guide.first_draws(100)
+    torch.testing.assert_close(gradient, -0.5 * (0.3 + noise).mean())
 
 
 # Cooling
@@ -188,19 +215,18 @@ def square_log_evidence() -> float:
 
 
 def test_a_cooled_fit_finds_both_modes() -> None:
-    """Mass moves between modes slowly: weights make up for what is left.
+    """Over seeds 0 to 4 shares of plain draws were from 0.496 to 0.508.
 
-    Four standard errors of a share of 2000 resampled draws are 0.045, of which the weights double
-    the variance.
+    Four standard errors of a share of 2000 resampled draws are 0.045.
     """
     options = {"num_steps": 600, "num_particles": 128, "seed": 0, "progress": False}
     cold = pf.fit(square, pf.AutoSpline(square, num_layers=2), **options)
     assert cold.log_evidence == pytest.approx(square_log_evidence() - math.log(2), abs=0.05)
     warm = pf.fit(square, pf.AutoSpline(square, num_layers=2), initial_temperature=30.0, **options)
     assert warm.log_evidence == pytest.approx(square_log_evidence(), abs=0.05)
-    assert 0.25 < (warm.draws > 0).double().mean().item() < 0.75
+    assert (warm.draws > 0).double().mean().item() == pytest.approx(0.5, abs=0.03)
     resampled = warm.sample(2000, resample=True, seed=0)["x"]
-    assert (resampled > 0).double().mean().item() == pytest.approx(0.5, abs=0.065)
+    assert (resampled > 0).double().mean().item() == pytest.approx(0.5, abs=0.05)
     assert warm.elbo > cold.elbo + 0.2
     assert len(warm.losses) == 600
 
