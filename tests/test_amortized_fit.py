@@ -228,6 +228,21 @@ def test_minibatches_take_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(pf.fit(hierarchical, small(), (DATA,), **options).losses) < 100
 
 
+@pytest.mark.parametrize(("batch", "sizes"), [(None, {2, 4, 8}), (4, {2})])
+def test_only_fits_of_all_data_take_more_particles_in_the_end(
+    batch: int | None, sizes: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, loss = set(), pf.PathwiseELBO.differentiable_loss
+
+    def spy(elbo: pf.PathwiseELBO, *args: Any, **kwargs: Any) -> Tensor:
+        seen.add(elbo.num_particles)
+        return loss(elbo, *args, **kwargs)
+
+    monkeypatch.setattr(pf.PathwiseELBO, "differentiable_loss", spy)
+    pf.fit(hierarchical, small(), (DATA, batch), **{**QUICK, "num_steps": 12})
+    assert seen == sizes
+
+
 def test_fits_are_reproducible_and_leave_the_random_state_alone() -> None:
     before = torch.random.get_rng_state()
     first, second = (pf.fit(hierarchical, small(), (DATA, 4), **QUICK) for _ in range(2))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import pyroflows as pf
-from pyroflows.svi.objective import Cooling, both_along_path, both_at_draws
+from pyroflows.svi.density import ModelDensity
+from pyroflows.svi.objective import Cooling, both_along_path, both_at_draws, loss_function
 from tests.models import log_normal
 
 QUICK = {"num_steps": 5, "num_particles": 16, "num_draws": 100, "progress": False}
@@ -128,6 +129,22 @@ class FailingBeyond(NormalGuide):
 
     def __call__(self, z: Tensor) -> Tensor:
         return super().__call__(z) + 0 * (4.5 - z).sqrt().squeeze(-1)
+
+
+def test_a_loss_takes_by_how_much_to_multiply_its_draws() -> None:
+    sizes = []
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        sizes.append(z.numel())
+
+    for guide in (pf.AutoRealNVP(model), pf.AutoIAF(model), pf.AutoRadial(model)):
+        density = ModelDensity(model, guide)
+        loss = loss_function(density, 16, Cooling(1.0, 0))
+        sizes.clear()
+        for growth in (1, 4):
+            loss(growth)
+        assert sizes == [16, 64]
 
 
 def test_draws_in_the_tails_may_fail() -> None:

@@ -14,14 +14,16 @@ from pyroflows.svi import training
 from pyroflows.svi.training import Schedule, clip_outliers, frozen, has_converged, train
 
 
-def parabola(start: float = 5.0, noise: float = 0.0) -> tuple[nn.Parameter, Callable[[], Tensor]]:
+def parabola(
+    start: float = 5.0, noise: float = 0.0
+) -> tuple[nn.Parameter, Callable[[int], Tensor]]:
     """Return a parameter and a loss with its minimum at zero."""
     parameter = nn.Parameter(torch.tensor([start]))
-    return parameter, lambda: 0.5 * parameter.square().sum() + noise * torch.randn(())
+    return parameter, lambda growth: 0.5 * parameter.square().sum() + noise * torch.randn(())
 
 
 def run(
-    loss: Callable[[], Tensor], parameter: nn.Parameter, steps: int, rate: float = 0.1
+    loss: Callable[[int], Tensor], parameter: nn.Parameter, steps: int, rate: float = 0.1
 ) -> Tensor:
     return train(loss, [parameter], steps, rate, progress=False)
 
@@ -83,6 +85,22 @@ def test_rate_is_positive_and_at_most_its_peak_in_short_runs(steps: int) -> None
     assert not schedule.is_over([0.0] * (steps - 1))
 
 
+def test_batches_grow_while_the_rate_decays() -> None:
+    """Of 600 steps the last 200 decay, of three the last; growth is that of their thirds."""
+    sizes = []
+
+    def loss(growth: int) -> Tensor:
+        sizes.append(growth)
+        return parameter.square().sum()
+
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    train(loss, [parameter], 600, 0.1, progress=False)
+    assert sizes == [1] * 467 + [2] * 67 + [4] * 66
+    sizes.clear()
+    train(loss, [parameter], 3, 0.1, progress=False)
+    assert sizes == [1, 1, 1]
+
+
 def noise(size: int, slope: float = 0.0, seed: int = 0) -> list[float]:
     """Draw a series around a line."""
     generator = torch.Generator().manual_seed(seed)
@@ -117,7 +135,7 @@ def test_a_leap_while_it_cools_is_undone() -> None:
     parameter = nn.Parameter(torch.tensor([0.0]))
     steps = iter(range(1000))
 
-    def loss() -> Tensor:
+    def loss(growth: int) -> Tensor:
         step = next(steps)
         thrown = 1e4 * (parameter - 1).square().sum() if 220 <= step < 230 else 0.0
         return parameter.square().sum() + 0.1 * step + thrown
@@ -131,7 +149,7 @@ def test_a_loss_that_rises_while_it_cools_has_not_diverged() -> None:
     parameter = nn.Parameter(torch.tensor([0.0]))
     values = iter([1000.0 * min(step, 200) for step in range(400)])
     losses = train(
-        lambda: parameter.square().sum() + next(values),
+        lambda growth: parameter.square().sum() + next(values),
         [parameter],
         400,
         0.1,
@@ -228,7 +246,7 @@ class Faulty:
         self.calls = 0
         self.seen: list[float] = []
 
-    def __call__(self) -> Tensor:
+    def __call__(self, growth: int) -> Tensor:
         self.seen.append(self.parameter.item())
         call, self.calls = self.calls, self.calls + 1
         if call not in self.bad_calls:
@@ -274,7 +292,10 @@ def test_each_recovery_halves_the_rate() -> None:
         seen = []
 
         def record(
-            loss: Callable = loss, parameter: Tensor = parameter, seen: list = seen
+            growth: int,
+            loss: Callable = loss,
+            parameter: Tensor = parameter,
+            seen: list = seen,
         ) -> Tensor:
             seen.append(parameter.item())
             return loss()
@@ -305,7 +326,7 @@ def test_a_snapshot_that_is_bad_itself_is_given_up() -> None:
     parameter = nn.Parameter(torch.tensor([1.0]))
     calls = iter(range(10_000))
 
-    def loss() -> Tensor:
+    def loss(growth: int) -> Tensor:
         if next(calls) == 98:
             with torch.no_grad():
                 parameter.fill_(1e4)
@@ -323,7 +344,7 @@ def test_losses_that_diverge_are_brought_back() -> None:
     parameter = nn.Parameter(torch.tensor([5.0]))
     calls = iter(range(10_000))
 
-    def loss() -> Tensor:
+    def loss(growth: int) -> Tensor:
         offset = 1e4 if 100 <= next(calls) < 150 else 0.0
         return 0.5 * parameter.square().sum() + offset
 
@@ -338,7 +359,7 @@ def test_losses_that_diverge_are_brought_back() -> None:
 def test_a_single_outlier_of_the_loss_is_no_divergence() -> None:
     parameter, loss = parabola()
     calls = iter(range(10_000))
-    losses = run(lambda: loss() + (1e6 if next(calls) == 70 else 0.0), parameter, 200)
+    losses = run(lambda growth: loss(growth) + (1e6 if next(calls) == 70 else 0.0), parameter, 200)
     assert len(losses) == 200
     assert losses[70] > 1e5
 
@@ -384,7 +405,7 @@ def test_vanishing_gradients_do_not_stop_later_ones() -> None:
     parameter = nn.Parameter(torch.tensor([5.0]))
     calls = iter(range(1000))
 
-    def loss() -> Tensor:
+    def loss(growth: int) -> Tensor:
         still = next(calls) < 50
         return 0.5 * (parameter.detach() + 0 * parameter if still else parameter).square().sum()
 
@@ -417,10 +438,10 @@ def test_an_interrupt_keeps_what_was_learned(step: int) -> None:
     parameter, loss = parabola()
     calls = iter(range(1000))
 
-    def interrupted() -> Tensor:
+    def interrupted(growth: int) -> Tensor:
         if next(calls) == step:
             raise KeyboardInterrupt
-        return loss()
+        return loss(growth)
 
     with pytest.warns(UserWarning, match=f"interrupted after {step} steps"):
         losses = run(interrupted, parameter, 100)
@@ -432,10 +453,10 @@ def test_a_signal_interrupts() -> None:
     parameter, loss = parabola()
     calls = iter(range(1000))
 
-    def interrupted() -> Tensor:
+    def interrupted(growth: int) -> Tensor:
         if next(calls) == 10:
             os.kill(os.getpid(), signal.SIGINT)
-        return loss()
+        return loss(growth)
 
     with pytest.warns(UserWarning, match=r"interrupted after 1\d steps"):
         losses = run(interrupted, parameter, 100)
@@ -445,7 +466,7 @@ def test_a_signal_interrupts() -> None:
 def test_other_errors_pass() -> None:
     parameter, _ = parabola()
 
-    def broken() -> Tensor:
+    def broken(growth: int) -> Tensor:
         raise ZeroDivisionError("the user's own")
 
     with pytest.raises(ZeroDivisionError, match="the user's own"):

@@ -40,14 +40,16 @@ def affordable_draws(density: PlateDensity, num_draws: int) -> int:
     return min(num_draws, max(MIN_DRAWS, MAX_ENTRIES // dim))
 
 
-def _loss_function(density: PlateDensity, num_particles: int) -> Callable[[], Tensor]:
+def _loss_function(density: PlateDensity, num_particles: int) -> Callable[[int], Tensor]:
     elbo = PathwiseELBO(
         num_particles,
         max_plate_nesting=density.plate_nesting,
         vectorize_particles=density.vectorized,
     )
 
-    def loss() -> Tensor:
+    def loss(growth: int) -> Tensor:
+        if not density.is_subsampled:  # more draws do not lessen the scatter of minibatches
+            elbo.num_particles = growth * num_particles
         with _OwnParameters(density.guide):
             return elbo.differentiable_loss(
                 density.model, density.guide, *density.args, **density.kwargs

@@ -56,9 +56,10 @@ def fit(
     the first along the path of the draws [1], the second by their importance, :math:`\lambda` from
     0 to 1 as the weights are worth none to all of the draws. They have no variance where the guide
     is exact, and the second keeps guides from being too narrow; half of the draws reach into the
-    tails, on which the importance weights depend. The learning rate warms up, is held
-    until the ELBO has converged, and decays. Steps that are not finite, or after which the ELBO has
-    collapsed, are undone. Finally fresh draws from the guide are weighted against the model.
+    tails, on which the importance weights depend. The learning rate warms up, is held until the
+    ELBO has converged, and decays while the batch grows to four times its size. Steps that are not
+    finite, or after which the ELBO has collapsed, are undone. Finally fresh draws from the guide
+    are weighted against the model.
 
     A :class:`pyroflows.AmortizedFlow` starts as it is and is fitted by
     :class:`pyroflows.PathwiseELBO`, to minibatches where the model subsamples the plate, all
@@ -79,7 +80,8 @@ def fit(
     num_steps
         Largest number of steps. Default: 4000; most fits stop earlier.
     num_particles
-        Draws per step. Default: 256; for an ``AmortizedFlow`` 8, of all data of a minibatch.
+        Draws per step, before the batch grows. Default: 256; for an ``AmortizedFlow`` 8, of all
+        data of a minibatch.
     seed
         Makes the result reproducible; the global random state is left alone.
     progress

@@ -260,14 +260,14 @@ def _flattened(log_weights: Tensor, min_ess: float) -> Tensor:
 
 def _loss_function(
     density: ModelDensity, rounds: Iterable[_Round], num_particles: int
-) -> Callable[[], Tensor]:
-    """Return an estimate of the forward divergence as a function of nothing, resampled anew."""
+) -> Callable[[int], Tensor]:
+    """Return an estimate of the forward divergence, of ``num_particles`` times its argument."""
     z, log_p, log_weights = map(torch.cat, zip(*rounds, strict=True))
     weights = _flattened(psis(log_weights)[0], MIN_ESS_SHARE * len(z)).softmax(0)
     log_posterior = log_p - log_evidence(log_weights)[0]
 
-    def loss() -> Tensor:
-        index = torch.multinomial(weights, num_particles, replacement=True)
+    def loss(growth: int) -> Tensor:
+        index = torch.multinomial(weights, growth * num_particles, replacement=True)
         log_q = _posterior(density).log_prob(z[index])
         return (log_posterior[index] - log_q).mean()
 

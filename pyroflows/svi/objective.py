@@ -44,21 +44,23 @@ class Cooling:
 
 def loss_function(
     density: ModelDensity, num_particles: int, cooling: Cooling
-) -> Callable[[], Tensor]:
-    """Return the negative ELBO as a function of nothing, drawn anew, and cooler, at every call.
+) -> Callable[[int], Tensor]:
+    """Return the negative ELBO, drawn anew, and cooler, at every call.
+
+    A function of by how much to multiply the number of draws.
 
     Its gradient is that of both directions of the divergence where the guide's inverse is cheap,
     and, without cooling, where its layers are autoregressive and draw in one pass.
     """
     estimate = _reverse
     if _has_fast_inverse(density.guide):
-        # Only densities at fixed draws tell the masses of modes that lie apart. Shapes that are hard
-        # to learn, such as narrow necks, are told better by paths.
+        # Only densities at fixed draws tell the masses of modes that lie apart. Shapes that are
+        # hard to learn, such as narrow necks, are told better by paths.
         estimate = both_at_draws if cooling.num_steps else both_along_path
     elif _has_fast_path(density.guide) and not cooling.num_steps:
         estimate = both_along_path
     powers = map(cooling.power, itertools.count())
-    return lambda: estimate(density, num_particles, next(powers))
+    return lambda growth: estimate(density, growth * num_particles, next(powers))
 
 
 def both_along_path(density: ModelDensity, num_draws: int, power: float = 1.0) -> Tensor:
@@ -125,9 +127,9 @@ def both_at_draws(density: ModelDensity, num_draws: int, power: float = 1.0) -> 
         + \lambda \bigl(1/S - \tilde w_s\bigr)\Bigr) \, \partial_\theta \log q_\theta(z_s) .
 
     The first term is that of :math:`\mathrm{KL}(q_\theta \| p)` [1], the second that of
-    :math:`\mathrm{KL}(p \| q_\theta)`; where the guide is exact, they have no variance either. Paths do
-    not lead from one mode to another: gradients along them say little of the masses of modes, in
-    much noise. These do, and need no gradient of the model.
+    :math:`\mathrm{KL}(p \| q_\theta)`; where the guide is exact, they have no variance either.
+    Paths do not lead from one mode to another: gradients along them say little of the masses of
+    modes, in much noise. These do, and need no gradient of the model.
 
     References
     ----------

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 WARM_UP_STEPS = 100
 WINDOW = 500  # steps averaged to see whether the loss still falls
 DECAY_FRACTION = 0.5  # length of the decay, as a fraction of the steps before it
+BATCH_GROWTH = (1, 2, 4)  # of each third of the decay
 CHECK_INTERVAL = 50  # steps between checks, and between snapshots to go back to
 CLIP_FACTOR = 3.0  # gradients are clipped at this multiple of their running norm
 OUTLIER_FACTOR = 100.0  # and those of single draws at this multiple of their median
@@ -27,7 +28,7 @@ MAX_WILD = 0.05  # share of the losses
 
 
 def train(
-    loss_function: Callable[[], Tensor],
+    loss_function: Callable[[int], Tensor],
     parameters: Sequence[Tensor],
     num_steps: int,
     learning_rate: float,
@@ -38,7 +39,8 @@ def train(
     """Minimise a stochastic loss by Adam and return its values, one a step.
 
     The learning rate warms up, is held until the loss no longer falls by more than its Monte Carlo
-    error, and then decays; ``num_steps`` bounds the whole. Gradients are clipped relative to their
+    error, and then decays, while the batch grows: ``loss_function`` takes by how much to multiply
+    its number of draws. ``num_steps`` bounds the whole. Gradients are clipped relative to their
     running norm. Where a step is not finite or the loss has diverged, the parameters go back to
     the best snapshot and the learning rate is halved, with a warning. An interrupt (Ctrl-C) ends
     the loop early and keeps what was learned. In the first ``num_annealed`` steps the loss itself
@@ -94,13 +96,13 @@ class _Run:
         """Tell whether all steps are done."""
         return self.schedule.is_over(self.losses)
 
-    def step(self, loss_function: Callable[[], Tensor]) -> bool:
+    def step(self, loss_function: Callable[[int], Tensor]) -> bool:
         """Make one step; return whether it was finite and hence made."""
         rate = self.learning_rate * self.schedule.factor(len(self.losses)) * 0.5**self.recoveries
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        loss = loss_function()
+        loss = loss_function(self.schedule.growth(len(self.losses)))
         loss.backward()
         norm = self.clip(self.parameters)
         value = float(loss.detach())
@@ -150,7 +152,7 @@ class _Run:
 
 
 class Schedule:
-    """Say how large a step is: warm up, hold until converged, decay."""
+    """Say how large a step is, and its batch: warm up, hold until converged, decay and grow."""
 
     def __init__(self, num_steps: int, num_annealed: int = 0, stop_early: bool = True) -> None:
         self.num_steps = num_steps
@@ -168,6 +170,13 @@ class Schedule:
             return 1.0
         remaining = (self.end - step) / (self.end - self.decay_start)
         return 0.01 + 0.99 * 0.5 * (1 - math.cos(math.pi * remaining))
+
+    def growth(self, step: int) -> int:
+        """Return the size of the batch at a step, relative to that at the start."""
+        if step < self.decay_start:
+            return 1
+        done = (step - self.decay_start) / (self.end - self.decay_start)
+        return BATCH_GROWTH[int(done * len(BATCH_GROWTH))]
 
     def is_over(self, losses: Sequence[float]) -> bool:
         """Tell whether all steps are done; begin the decay early if the loss has converged."""
