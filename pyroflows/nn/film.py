@@ -59,6 +59,8 @@ class FiLMNetwork(nn.Module):
     """
 
     frequencies: Tensor
+    ones: Tensor
+    zeros: Tensor
 
     def __init__(
         self,
@@ -74,6 +76,9 @@ class FiLMNetwork(nn.Module):
         super().__init__()
         self.width = width
         self.register_buffer("frequencies", math.pi * torch.arange(1, num_frequencies + 1))
+        # PyTorch's normalisation is vectorised only with a weight and a bias.
+        self.register_buffer("ones", torch.ones(width), persistent=False)
+        self.register_buffer("zeros", torch.zeros(width), persistent=False)
         self.input = nn.Linear(input_dim, width)
         self.input_context = nn.Linear(context_dim, width, bias=False) if context_dim else None
         self.time = nn.Linear(2 * num_frequencies, width)
@@ -93,11 +98,14 @@ class FiLMNetwork(nn.Module):
         modulations = self._modulations(time, context)
         hidden = self._first(x, context)
         blocks = zip(self.first, self.second, modulations, strict=True)
+        in_place = not torch.is_grad_enabled()  # an eighth of the time of a draw
         for first, second, (scale, shift, gate) in blocks:
-            normalised = F.layer_norm(hidden, (self.width,), eps=LAYER_NORM_EPS)
-            inner = self.dropout(F.silu(first(torch.addcmul(shift, normalised, 1 + scale))))
-            hidden = torch.addcmul(hidden, 1 + gate, second(inner))
-        return self.output(F.silu(hidden))
+            inner = F.layer_norm(hidden, (self.width,), self.ones, self.zeros, LAYER_NORM_EPS)
+            inner = torch.addcmul(shift, inner, 1 + scale, out=inner if in_place else None)
+            inner = self.dropout(F.silu(first(inner), inplace=in_place))
+            update = second(inner)
+            hidden = torch.addcmul(hidden, 1 + gate, update, out=hidden if in_place else None)
+        return self.output(F.silu(hidden, inplace=in_place))
 
     def divergence(self, x: Tensor, time: Tensor, context: Tensor | None = None) -> Tensor:
         """Return the trace of the Jacobian of the output in the input, shape ``(*batch,)``.

@@ -56,7 +56,8 @@ def fit(
     the first along the path of the draws [1], the second by their importance, :math:`\lambda` from
     0 to 1 as the weights are worth none to all of the draws. They have no variance where the guide
     is exact, and the second keeps guides from being too narrow; half of the draws reach into the
-    tails, on which the importance weights depend. The learning rate warms up, is held until the
+    tails, on which the importance weights depend. Where a fit cools, both are taken at draws that
+    do not move [2], which tells the masses of modes that lie apart. The learning rate warms up, is held until the
     ELBO has converged, and decays while the batch grows to four times its size. Steps that are not
     finite, or after which the ELBO has collapsed, are undone. Finally fresh draws from the guide
     are weighted against the model.
@@ -131,6 +132,9 @@ def fit(
     [1] G. Roeder, Y. Wu, D. Duvenaud. Sticking the landing: simple, lower-variance gradient
         estimators for variational inference.
         `arXiv:1703.09194 <https://arxiv.org/abs/1703.09194>`_, 2017.
+    [2] L. Richter, A. Boustati, N. Nüsken, F. J. R. Ruiz, Ö. D. Akyildiz. VarGrad: a low-variance
+        gradient estimator for variational inference.
+        `arXiv:2010.10436 <https://arxiv.org/abs/2010.10436>`_, 2020.
 
     Examples
     --------
