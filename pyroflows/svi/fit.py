@@ -57,10 +57,10 @@ def fit(
     0 to 1 as the weights are worth none to all of the draws. They have no variance where the guide
     is exact, and the second keeps guides from being too narrow; half of the draws reach into the
     tails, on which the importance weights depend. Where a fit cools, both are taken at draws that
-    do not move [2], which tells the masses of modes that lie apart. The learning rate warms up, is held until the
-    ELBO has converged, and decays while the batch grows to four times its size. Steps that are not
-    finite, or after which the ELBO has collapsed, are undone. Finally fresh draws from the guide
-    are weighted against the model.
+    do not move [2], which tells the masses of modes that lie apart. The learning rate warms up, is
+    held until the ELBO has converged, and decays while the batch grows to four times its size.
+    Steps that are not finite, or after which the ELBO has collapsed, are undone. Finally fresh
+    draws from the guide are weighted against the model.
 
     A :class:`pyroflows.AmortizedFlow` starts as it is and is fitted by
     :class:`pyroflows.PathwiseELBO`, to minibatches where the model subsamples the plate, all
