@@ -17,6 +17,19 @@ from tests.models import log_normal
 QUICK = {"num_steps": 5, "num_particles": 16, "num_draws": 100, "progress": False}
 
 
+class Affine:
+    """Map noise, and remember nothing."""
+
+    def __init__(self, mean: Tensor, sd: Tensor) -> None:
+        self.mean, self.sd = mean, sd
+
+    def __call__(self, noise: Tensor) -> Tensor:
+        return self.mean + self.sd * noise
+
+    def recall(self, y: Tensor) -> None:
+        return None
+
+
 class NormalGuide:
     """Stand in for a log-density, that of N(0, 1), and for its guide, N(mean, sd)."""
 
@@ -40,8 +53,9 @@ class NormalGuide:
     def sample(self, shape: tuple[int]) -> Tensor:
         return self.transform(self.rsample(shape)).detach()
 
-    def transform(self, noise: Tensor) -> Tensor:
-        return self.mean + self.sd * noise
+    @property
+    def transform(self) -> "Affine":
+        return Affine(self.mean, self.sd)
 
     def log_prob(self, z: Tensor) -> Tensor:
         return log_normal(z, self.mean, self.sd).squeeze(-1)
@@ -252,3 +266,8 @@ def test_a_cooled_fit_finds_both_modes() -> None:
 def test_wrong_temperatures_are_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match="initial_temperature must be at least 1 and finite"):
         pf.fit(square, pf.AutoSpline(square), initial_temperature=temperature, **QUICK)
+
+
+def test_a_single_draw_cannot_cool() -> None:
+    with pytest.raises(ValueError, match="num_particles must be at least 2 where a fit cools"):
+        pf.fit(square, pf.AutoSpline(square), initial_temperature=2.0, num_particles=1)

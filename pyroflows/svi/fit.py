@@ -161,6 +161,8 @@ def fit(
         raise ValueError(
             f"initial_temperature must be at least 1 and finite, got {initial_temperature}"
         )
+    if initial_temperature > 1 and num_particles < 2:
+        raise ValueError("num_particles must be at least 2 where a fit cools, got 1")
     if is_amortized and initial_temperature != 1:
         raise ValueError(
             f"initial_temperature must be 1 for an AmortizedFlow, got {initial_temperature}"

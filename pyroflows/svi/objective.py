@@ -45,12 +45,11 @@ class Cooling:
 def loss_function(
     density: ModelDensity, num_particles: int, cooling: Cooling
 ) -> Callable[[int], Tensor]:
-    """Return the negative ELBO, drawn anew, and cooler, at every call.
+    """Return the negative ELBO as a function of by how much to multiply the number of draws.
 
-    A function of by how much to multiply the number of draws.
-
-    Its gradient is that of both directions of the divergence where the guide's inverse is cheap,
-    and, without cooling, where its layers are autoregressive and draw in one pass.
+    Every call takes new draws, and a cooler target. The gradient is that of both directions of the
+    divergence where the guide's inverse is cheap, and, without cooling, where its layers are
+    autoregressive and draw in one pass.
     """
     estimate = _reverse
     if _has_fast_inverse(density.guide):
@@ -105,7 +104,7 @@ def both_along_path(density: ModelDensity, num_draws: int, power: float = 1.0) -
     num_stretched = num_draws // 2
     stretched = torch.arange(num_draws, device=noise.device) < num_stretched
     z = posterior.transform(noise * _stretches(noise, num_stretched))
-    log_q, slope = _log_q_and_slope(posterior, z)
+    log_q, slope = log_prob_and_score(posterior, z)
     z = clip_outliers(_drop_failures(z, stretched))
     log_p = power * density(z)
     log_weights = (log_p - log_q).detach()
@@ -129,7 +128,7 @@ def both_at_draws(density: ModelDensity, num_draws: int, power: float = 1.0) -> 
     The first term is that of :math:`\mathrm{KL}(q_\theta \| p)` [1], the second that of
     :math:`\mathrm{KL}(p \| q_\theta)`; where the guide is exact, they have no variance either.
     Paths do not lead from one mode to another: gradients along them say little of the masses of
-    modes, in much noise. These do, and need no gradient of the model.
+    modes, in much noise. These do, and need no gradient of the model, but at least two draws.
 
     References
     ----------
@@ -154,15 +153,6 @@ def _importance(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return normalised weights, and the share of the draws that they are worth."""
     importance = log_weights.softmax(0)
     return importance, 1 / (len(importance) * importance.square().sum())
-
-
-def _log_q_and_slope(posterior: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the log-density of draws, which do not move, and its gradient in them."""
-    if is_autoregressive(posterior.transform):
-        return log_prob_and_score(posterior, z)  # without an inverse
-    fixed = z.detach().requires_grad_()
-    log_q = posterior.log_prob(fixed)
-    return log_q, torch.autograd.grad(log_q.sum(), fixed, retain_graph=True)[0]
 
 
 def _drop_failures(draws: Tensor, stretched: Tensor) -> Tensor:
