@@ -36,6 +36,20 @@ def test_values_without_gradients_are_the_same_and_inputs_stay(dtype: torch.dtyp
         assert torch.equal(argument, old)
 
 
+def test_derivatives_are_carried_forward_without_gradients() -> None:
+    net, (x, time, context) = network(), inputs()
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+
+    def along(direction: Tensor) -> Tensor:
+        return torch.func.jvp(lambda x: net(x, time, context), (x,), (direction,))[1]
+
+    expected = along(direction).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(along(direction), expected)
+        several = torch.func.vmap(along)(torch.stack([direction, -direction]))
+    torch.testing.assert_close(several, torch.stack([expected, -expected]))
+
+
 def test_the_divergence_is_the_trace_of_the_jacobian() -> None:
     net, (x, time, context) = network(), inputs()
     one = torch.func.jacrev(lambda point, summary: net(point, time, summary))

@@ -101,10 +101,13 @@ class FiLMNetwork(nn.Module):
         in_place = not torch.is_grad_enabled()  # an eighth of the time of a draw
         for first, second, (scale, shift, gate) in blocks:
             inner = F.layer_norm(hidden, (self.width,), self.ones, self.zeros, LAYER_NORM_EPS)
-            inner = torch.addcmul(shift, inner, 1 + scale, out=inner if in_place else None)
-            inner = self.dropout(F.silu(first(inner), inplace=in_place))
-            update = second(inner)
-            hidden = torch.addcmul(hidden, 1 + gate, update, out=hidden if in_place else None)
+            if in_place:
+                inner = inner.mul_(1 + scale).add_(shift)
+            else:
+                inner = torch.addcmul(shift, inner, 1 + scale)
+            update = second(self.dropout(F.silu(first(inner), inplace=in_place)))
+            add = hidden.addcmul_ if in_place else hidden.addcmul
+            hidden = add(1 + gate, update)
         return self.output(F.silu(hidden, inplace=in_place))
 
     def divergence(self, x: Tensor, time: Tensor, context: Tensor | None = None) -> Tensor:
